@@ -1,0 +1,46 @@
+// The kernels for x86 processors with AVX2, FMA and F16C.
+//
+// Only this file is compiled for them, and it runs only after fastlora.cpp has asked the CPU. No
+// library code with inline functions is included: see kernels.h.
+#include "kernels.h"
+
+#if FASTLORA_X86
+
+#include <immintrin.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "fastlora.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+namespace fastlora {
+namespace {
+
+#include "scalar.h"
+#include "simd_avx2.h"
+// the kernels need what the two above define
+#include "dropout_kernels.h"
+#include "nf4_kernels.h"
+
+}  // namespace
+
+const Kernels kAvx2 = {
+    "avx2",
+    {quantize_blocks<float>, quantize_blocks<Fp16>, quantize_blocks<Bf16>},
+    quantize_stats,
+    {dequantize_blocks<float>, dequantize_blocks<Fp16>, dequantize_blocks<Bf16>},
+    {dropout<float>, dropout<Fp16>, dropout<Bf16>},
+};
+
+}  // namespace fastlora
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+#endif  // FASTLORA_X86

@@ -1,0 +1,75 @@
+// Dropout by Philox4x32 with 7 rounds, over the primitives of one instruction set.
+//
+// Element k of row m has 16-bit number k & 7 of the words of counter (k >> 3, m, m >> 32, offset)
+// under the seed as key, and is dropped iff it is below the threshold.
+// Included inside the namespace of that instruction set, after its simd_*.h, which defines:
+//   Lanes                              kLanes 64-bit lanes, of which Philox uses the lower halves
+//   broadcast, add, multiply, upper, xor3   multiply: lower 32 x lower 32 = 64 bits
+//   lane_counters()                    which counter a lane has, so that `halves` come in order
+//   Halves, halves(w, &lower, &upper)  16-bit numbers of 4 kLanes elements each
+//   drop(halves, threshold, scale, x, out)
+// Source: Salmon et al. 2011, Parallel random numbers: as easy as 1, 2, 3, section 4.3.
+
+constexpr int kRounds = 7;
+constexpr int64_t kGroup = 8 * kLanes;  // elements of one call of every lane
+
+struct Philox {
+  Lanes keys[kRounds][2];
+  Lanes multipliers[2];
+
+  explicit Philox(uint64_t seed) {
+    uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+    for (auto& key : keys) {
+      key[0] = broadcast(k0);
+      key[1] = broadcast(k1);
+      k0 += 0x9e3779b9u;
+      k1 += 0xbb67ae85u;
+    }
+    multipliers[0] = broadcast(0xd2511f53u);
+    multipliers[1] = broadcast(0xcd9e8d57u);
+  }
+
+  // in place; upper halves of the lanes hold rubbish that no step reads
+  void operator()(Lanes (&c)[4]) const {
+    for (const auto& key : keys) {
+      const Lanes p = multiply(multipliers[0], c[0]), q = multiply(multipliers[1], c[2]);
+      c[0] = xor3(upper(q), c[1], key[0]);
+      c[2] = xor3(upper(p), c[3], key[1]);
+      c[1] = q;
+      c[3] = p;
+    }
+  }
+};
+
+template <class T>
+void drop_group(const Philox& philox, const Dropout& d, int64_t m, int64_t k, const T* x, T* out) {
+  Lanes words[4] = {add(broadcast(static_cast<uint32_t>(k >> 3)), lane_counters()),
+                    broadcast(static_cast<uint32_t>(m)),
+                    broadcast(static_cast<uint32_t>(static_cast<uint64_t>(m) >> 32)),
+                    broadcast(d.offset)};
+  philox(words);
+  Halves lower, upper;
+  halves(words, &lower, &upper);
+  drop(lower, d.threshold, d.scale, x, out);
+  drop(upper, d.threshold, d.scale, x + kGroup / 2, out + kGroup / 2);
+}
+
+template <class T>
+void dropout(const Dropout& d, int64_t first, int64_t last) {
+  const Philox philox(d.seed);
+  const int64_t segments = (d.k + kSegment - 1) / kSegment;
+  for (int64_t unit = first; unit < last; ++unit) {
+    const int64_t m = unit / segments;
+    int64_t k = unit % segments * kSegment;
+    const int64_t end = d.k - k < kSegment ? d.k : k + kSegment;
+    const T* x = static_cast<const T*>(d.x) + m * d.row_stride;
+    T* out = static_cast<T*>(d.out) + m * d.k;
+    for (; end - k >= kGroup; k += kGroup) drop_group(philox, d, m, k, x + k, out + k);
+    if (k < end) {
+      T in[kGroup] = {}, dropped[kGroup];
+      memcpy(in, x + k, (end - k) * sizeof(T));
+      drop_group(philox, d, m, k, in, dropped);
+      memcpy(out + k, dropped, (end - k) * sizeof(T));
+    }
+  }
+}

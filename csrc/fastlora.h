@@ -1,0 +1,90 @@
+// The C ABI of the CPU kernels, called by fastlora/native.py through ctypes.
+//
+// Nothing here checks its arguments: the public Python functions did. Every pointer may be unaligned
+// unless its line says otherwise; `threads` is an upper bound, small work uses fewer.
+#ifndef FASTLORA_H_
+#define FASTLORA_H_
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define FASTLORA_API __declspec(dllexport)
+#else
+#define FASTLORA_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// changes with any signature below, so that an old library is refused instead of misread
+#define FASTLORA_ABI 1
+
+enum { FASTLORA_FP32 = 0, FASTLORA_FP16 = 1, FASTLORA_BF16 = 2 };
+
+FASTLORA_API int fastlora_abi(void);
+
+// Names of the instruction sets that were built and run on this CPU, best first, comma separated.
+FASTLORA_API const char* fastlora_isas(void);
+
+// The one in use; the best until fastlora_use_isa, which returns 0, or 1 when `name` cannot run.
+FASTLORA_API const char* fastlora_isa(void);
+FASTLORA_API int fastlora_use_isa(const char* name);
+
+// 1 when an OpenMP runtime is loaded in this process, else 0 and everything runs on one thread.
+FASTLORA_API int fastlora_has_threads(void);
+
+// NF4 codes and block scales of w; returns how many weights are NaN or Inf (then bytes mean nothing).
+FASTLORA_API int64_t fastlora_quantize_blocks(
+    const void* w,            // [numel], dtype
+    int dtype,                // FASTLORA_FP32, ...
+    int64_t numel,            // any
+    int64_t blocksize,        // a multiple of 32
+    const float* thresholds,  // [15], ascending
+    uint8_t* packed,          // [ceil(numel / 2)], out; high nibble first
+    float* absmax,            // [ceil(numel / blocksize)], out, aligned
+    int threads);
+
+// 8-bit codes of block scales, groups of 256 with one scale each.
+FASTLORA_API void fastlora_quantize_stats(
+    const float* absmax,  // [blocks], aligned
+    int64_t blocks,
+    const float* offset,  // [1], aligned: subtracted first
+    const uint8_t* lut,   // [65536]: code nearest to i / 32767.5 - 1
+    uint8_t* codes,       // [blocks], out
+    float* absmax2,       // [ceil(blocks / 256)], out, aligned
+    int threads);
+
+// Weights of packed codes. Nested scales when `absmax_codes` is not null, else `absmax` is read.
+FASTLORA_API void fastlora_dequantize_blocks(
+    const uint8_t* packed,        // [ceil(numel / 2)]
+    const float* absmax,          // [blocks], aligned, or null
+    const uint8_t* absmax_codes,  // [blocks], or null
+    const float* absmax2,         // [ceil(blocks / 256)], aligned, or null
+    const float* code2,           // [256], aligned, or null
+    const float* offset,          // [1], aligned, or null
+    const float* code,            // [16], the values of the codes
+    int64_t numel,
+    int64_t blocksize,  // a multiple of 32
+    int dtype,
+    void* out,  // [numel], dtype
+    int threads);
+
+// x with elements dropped, the others multiplied by `scale`; the mask is a function of state, m, k.
+FASTLORA_API void fastlora_dropout(
+    const void* x,  // [m, k], dtype, unit column stride
+    int dtype,
+    int64_t row_stride,    // of x, in elements
+    int64_t m,
+    int64_t k,
+    const int64_t* state,  // [2], aligned: seed, offset
+    uint32_t threshold,    // an element is dropped iff its 16-bit number is below, at most 65535
+    float scale,
+    void* out,  // [m, k], dtype, contiguous
+    int threads);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif  // FASTLORA_H_

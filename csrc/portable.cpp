@@ -1,0 +1,29 @@
+// The kernels in plain C++: any processor, Arm included.
+//
+// No library code with inline functions is included: see kernels.h.
+#include <stdint.h>
+#include <string.h>
+
+#include "fastlora.h"
+#include "kernels.h"
+
+namespace fastlora {
+namespace {
+
+#include "scalar.h"
+#include "simd_portable.h"
+// the kernels need what the two above define
+#include "dropout_kernels.h"
+#include "nf4_kernels.h"
+
+}  // namespace
+
+const Kernels kPortable = {
+    "portable",
+    {quantize_blocks<float>, quantize_blocks<Fp16>, quantize_blocks<Bf16>},
+    quantize_stats,
+    {dequantize_blocks<float>, dequantize_blocks<Fp16>, dequantize_blocks<Bf16>},
+    {dropout<float>, dropout<Fp16>, dropout<Bf16>},
+};
+
+}  // namespace fastlora

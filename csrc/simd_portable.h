@@ -1,0 +1,115 @@
+// Primitives in plain C++, in loops of fixed length that compilers turn into vector instructions.
+// Included inside a namespace; what they must do is said in nf4_kernels.h and dropout_kernels.h.
+
+inline uint32_t abs_bits_max(const float* w, int64_t n) {
+  uint32_t most = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t bits = bits_of(w[i]) & 0x7fffffffu;
+    most = bits > most ? bits : most;
+  }
+  return most;
+}
+
+template <class T>
+uint32_t abs_bits_max(const T* w, int64_t n) {
+  uint16_t most = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const uint16_t bits = w[i].bits & 0x7fff;
+    most = bits > most ? bits : most;
+  }
+  return most;
+}
+
+struct Encoder {
+  const float* thresholds;
+
+  explicit Encoder(const float* thresholds) : thresholds(thresholds) {}
+
+  template <class T>
+  void operator()(const T* w, float r, uint8_t* out) const {
+    float scaled[32];
+    int32_t codes[32] = {};
+    for (int i = 0; i < 32; ++i) scaled[i] = to_float(w[i]) * r;
+    for (int t = 0; t < 15; ++t) {
+      for (int i = 0; i < 32; ++i) codes[i] += scaled[i] > thresholds[t];
+    }
+    for (int i = 0; i < 16; ++i) out[i] = static_cast<uint8_t>(codes[2 * i] << 4 | codes[2 * i + 1]);
+  }
+};
+
+template <class T>
+struct Decoder {
+  T values[16];
+
+  Decoder(const float* code, float a) {
+    for (int i = 0; i < 16; ++i) from_float(code[i] * a, &values[i]);
+  }
+
+  void operator()(const uint8_t* packed, T* out) const {
+    for (int i = 0; i < 16; ++i) {
+      out[2 * i] = values[packed[i] >> 4];
+      out[2 * i + 1] = values[packed[i] & 15];
+    }
+  }
+};
+
+constexpr int kLanes = 8;
+
+struct Lanes {
+  uint64_t v[kLanes];
+};
+
+inline Lanes broadcast(uint32_t x) {
+  Lanes y;
+  for (uint64_t& lane : y.v) lane = x;
+  return y;
+}
+
+inline Lanes add(const Lanes& a, const Lanes& b) {
+  Lanes y;
+  for (int i = 0; i < kLanes; ++i) y.v[i] = a.v[i] + b.v[i];
+  return y;
+}
+
+inline Lanes multiply(const Lanes& a, const Lanes& b) {
+  Lanes y;
+  for (int i = 0; i < kLanes; ++i) y.v[i] = (a.v[i] & 0xffffffffu) * (b.v[i] & 0xffffffffu);
+  return y;
+}
+
+inline Lanes upper(const Lanes& a) {
+  Lanes y;
+  for (int i = 0; i < kLanes; ++i) y.v[i] = a.v[i] >> 32;
+  return y;
+}
+
+inline Lanes xor3(const Lanes& a, const Lanes& b, const Lanes& c) {
+  Lanes y;
+  for (int i = 0; i < kLanes; ++i) y.v[i] = a.v[i] ^ b.v[i] ^ c.v[i];
+  return y;
+}
+
+inline Lanes lane_counters() { return {{0, 1, 2, 3, 4, 5, 6, 7}}; }
+
+struct Halves {
+  uint16_t v[4 * kLanes];
+};
+
+inline void halves(const Lanes (&words)[4], Halves* lower, Halves* upper) {
+  for (int lane = 0; lane < kLanes; ++lane) {
+    uint16_t* numbers = (lane < kLanes / 2 ? lower : upper)->v + lane % (kLanes / 2) * 8;
+    for (int i = 0; i < 4; ++i) {
+      numbers[2 * i] = static_cast<uint16_t>(words[i].v[lane]);
+      numbers[2 * i + 1] = static_cast<uint16_t>(words[i].v[lane] >> 16);
+    }
+  }
+}
+
+template <class T>
+void drop(const Halves& numbers, uint32_t threshold, float scale, const T* x, T* out) {
+  for (int i = 0; i < 4 * kLanes; ++i) {
+    T kept;
+    from_float(to_float(x[i]) * scale, &kept);
+    out[i] = numbers.v[i] >= threshold ? kept : T{};
+  }
+}

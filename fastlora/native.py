@@ -1,0 +1,246 @@
+"""The C++ CPU kernels of csrc/, called through ctypes; same names and meaning as in `reference`.
+
+Tensors are on the CPU and were checked by the public functions. Calls release the GIL and use
+`torch.get_num_threads()` threads of the OpenMP runtime that PyTorch loaded, one in a forked child.
+FASTLORA_CPU_ISA forces an instruction set lower than the best that this CPU has.
+"""
+
+import ctypes
+import importlib.util
+import os
+from ctypes import c_char_p, c_float, c_int, c_int64, c_uint32, c_void_p
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from fastlora.codebooks import STATS_GROUP, dynamic_lut, nf4_code, nf4_thresholds
+from fastlora.reference import dropout_threshold
+
+ISAS = ("avx512", "avx2", "portable")  # best first
+_ABI = 1  # FASTLORA_ABI of csrc/fastlora.h
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_SIGNATURES = {
+    "fastlora_abi": (c_int, []),
+    "fastlora_isas": (c_char_p, []),
+    "fastlora_isa": (c_char_p, []),
+    "fastlora_use_isa": (c_int, [c_char_p]),
+    "fastlora_has_threads": (c_int, []),
+    "fastlora_quantize_blocks": (
+        c_int64,
+        [c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int],
+    ),
+    "fastlora_quantize_stats": (
+        None,
+        [c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int],
+    ),
+    "fastlora_dequantize_blocks": (
+        None,
+        [*[c_void_p] * 7, c_int64, c_int64, c_int, c_void_p, c_int],
+    ),
+    "fastlora_dropout": (
+        None,
+        [c_void_p, c_int, *[c_int64] * 3, c_void_p, c_uint32, c_float, c_void_p, c_int],
+    ),
+}
+
+_forked = False
+
+
+def _after_fork() -> None:
+    # the pool's threads do not survive a fork, and waiting for them would never end
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+# --- the library -----------------------------------------------------------------------------
+
+
+def available() -> bool:
+    """Whether the C++ kernels were built and can be loaded.
+
+    Raises:
+        RuntimeError: FASTLORA_CPU_ISA names an instruction set that is unknown or does not run here.
+    """
+    return _load()[0] is not None
+
+
+def unavailable_reason() -> str:
+    """Why `available` is False and what to do about it, one sentence without full stop; else empty."""
+    return _load()[1]
+
+
+def isas() -> tuple[str, ...]:
+    """The instruction sets that were built and run on this CPU, best first."""
+    return tuple(_library().fastlora_isas().decode().split(","))
+
+
+def isa() -> str:
+    """The instruction set in use: one of `ISAS`."""
+    return _library().fastlora_isa().decode()
+
+
+def use_isa(name: str) -> None:
+    """Use another instruction set from now on, in the whole process.
+
+    Args:
+        name: one of `ISAS`.
+
+    Raises:
+        RuntimeError: `name` is unknown or does not run on this CPU.
+    """
+    _use_isa(_library(), name)
+
+
+def threads() -> int:
+    """How many threads large work uses: 1 in a forked child and where there is no OpenMP runtime."""
+    if _forked or not _library().fastlora_has_threads():
+        return 1
+    return torch.get_num_threads()
+
+
+@cache
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    """The library, or None and why."""
+    rebuild = "install a C++17 compiler such as g++ and install fastlora again"
+    spec = importlib.util.find_spec("fastlora._native")
+    if spec is None or spec.origin is None:
+        return None, f"the C++ kernels of fastlora were not built, {rebuild}"
+    try:
+        library = ctypes.CDLL(spec.origin)
+        abi = library.fastlora_abi()
+    except (OSError, AttributeError) as error:
+        return None, f"the C++ kernels of fastlora cannot be loaded ({error}), {rebuild}"
+    if abi != _ABI:
+        return (
+            None,
+            f"the C++ kernels of fastlora are of another version ({abi}, not {_ABI}), {rebuild}",
+        )
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    forced = os.environ.get("FASTLORA_CPU_ISA")
+    if forced is not None:
+        _use_isa(library, forced)
+    return library, ""
+
+
+def _library() -> ctypes.CDLL:
+    library, reason = _load()
+    if library is None:
+        raise RuntimeError(reason)
+    return library
+
+
+def _use_isa(library: ctypes.CDLL, name: str) -> None:
+    if name not in ISAS:
+        raise RuntimeError(f"FASTLORA_CPU_ISA must be one of {[*ISAS]}, got {name!r}")
+    if library.fastlora_use_isa(name.encode()):
+        able = library.fastlora_isas().decode().split(",")
+        raise RuntimeError(f"FASTLORA_CPU_ISA={name} cannot run on this CPU, use one of {able}")
+
+
+# --- NF4 -------------------------------------------------------------------------------------
+
+
+def quantize_blocks(w: Tensor, blocksize: int) -> tuple[Tensor, Tensor, int]:
+    """Codes and block scales of w, flat: packed uint8 [ceil(n/2)], absmax fp32 [blocks], NaN+Inf count."""
+    w = w.contiguous()
+    n = w.numel()
+    packed = torch.empty((n + 1) // 2, dtype=torch.uint8)
+    absmax = torch.empty(-(-n // blocksize), dtype=torch.float32)
+    nonfinite = _library().fastlora_quantize_blocks(
+        w.data_ptr(),
+        _DTYPES[w.dtype],
+        n,
+        blocksize,
+        nf4_thresholds().data_ptr(),
+        packed.data_ptr(),
+        absmax.data_ptr(),
+        threads(),
+    )
+    return packed, absmax, nonfinite
+
+
+def quantize_stats(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Double quantisation: codes uint8 [blocks], second-level scales fp32 [groups], offset fp32 []."""
+    absmax = absmax.contiguous()
+    blocks = absmax.numel()
+    offset = absmax.mean()  # by torch, so that the order of summation is bitsandbytes'
+    codes = torch.empty(blocks, dtype=torch.uint8)
+    absmax2 = torch.empty(-(-blocks // STATS_GROUP), dtype=torch.float32)
+    _library().fastlora_quantize_stats(
+        absmax.data_ptr(),
+        blocks,
+        offset.data_ptr(),
+        dynamic_lut().data_ptr(),
+        codes.data_ptr(),
+        absmax2.data_ptr(),
+        threads(),
+    )
+    return codes, absmax2, offset
+
+
+def dequantize_blocks(
+    packed: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    code2: Tensor | None,
+    offset: Tensor | None,
+    blocksize: int,
+    numel: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Weights of packed codes, [numel]: three fp32 roundings and the cast, never a fused one."""
+    packed, absmax = packed.contiguous(), absmax.contiguous()
+    nested = absmax.dtype == torch.uint8
+    out = torch.empty(numel, dtype=dtype)
+    _library().fastlora_dequantize_blocks(
+        packed.data_ptr(),
+        None if nested else absmax.data_ptr(),
+        absmax.data_ptr() if nested else None,
+        absmax2.data_ptr() if nested else None,
+        code2.data_ptr() if nested else None,
+        offset.data_ptr() if nested else None,
+        nf4_code().data_ptr(),
+        numel,
+        blocksize,
+        _DTYPES[dtype],
+        out.data_ptr(),
+        threads(),
+    )
+    return out
+
+
+# --- dropout ---------------------------------------------------------------------------------
+
+
+def dropout(x: Tensor, state: Tensor | None, p: float) -> Tensor:
+    """x [M, K] with elements dropped with probability p and the others scaled up.
+
+    The mask is a function of (seed, offset, m, k) alone: one Philox call gives eight 16-bit numbers.
+    """
+    if p == 0:
+        return x
+    threshold = dropout_threshold(p)
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    M, K = x.shape
+    out = torch.empty(M, K, dtype=x.dtype)
+    _library().fastlora_dropout(
+        x.data_ptr(),
+        _DTYPES[x.dtype],
+        x.stride(0),
+        M,
+        K,
+        state.data_ptr(),
+        threshold,
+        65536 / (65536 - threshold),
+        out.data_ptr(),
+        threads(),
+    )
+    return out
