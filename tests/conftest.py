@@ -1,0 +1,41 @@
+"""Every test: the installed package, a fixed seed, NaN in unwritten memory, no network."""
+
+import os
+import random
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# kernels/ in the root would shadow the package `kernels` of others, fastlora/ the installed one
+sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
+
+# read at import by transformers, matplotlib, tokenizers and cuBLAS
+os.environ.update(
+    CUBLAS_WORKSPACE_CONFIG=":4096:8",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_HUB_OFFLINE="1",
+    MPLBACKEND="Agg",
+    TOKENIZERS_PARALLELISM="false",
+    TRANSFORMERS_OFFLINE="1",
+)
+
+import numpy as np  # noqa: E402  the environment comes first
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what is marked `gpu` where there is none."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA or ROCm device")
+
+
+@pytest.fixture(autouse=True)
+def reproducible():
+    """Fix all seeds, and fill torch.empty with NaN so that an element nobody writes is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,71 @@
+"""What test files share: device, dtypes, the one tolerance table, where data and models lie."""
+
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastlora.kernels.common import INTERPRET
+
+ROOT = Path(__file__).resolve().parent.parent
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# the interpreter keeps bf16 as uint16 and multiplies the bits (triton issue 11584)
+DTYPES = [torch.float32, torch.float16] + ([] if INTERPRET else [torch.bfloat16])
+# the only tolerance table, relative to max|exact|: rounding that eager is spared by luck
+FLOOR = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+
+
+def assert_as_accurate(got: Tensor, eager: Tensor, exact: Tensor) -> None:
+    """Assert that `got` is at most twice as far from the truth as eager PyTorch, plus a floor.
+
+    Args:
+        got: the result under test.
+        eager: same shape and dtype as `got`. The same op in plain PyTorch.
+        exact: same shape, fp64. The truth.
+
+    Raises:
+        AssertionError: shape or dtype differ, `exact` is not fp64, something is not finite, or
+            max|got - exact| > 2 max|eager - exact| + FLOOR[dtype] max|exact|.
+    """
+    assert got.dtype == eager.dtype, f"dtype {got.dtype}, eager has {eager.dtype}"
+    assert got.shape == eager.shape == exact.shape, (
+        f"shape {[*got.shape]}, eager {[*eager.shape]}, exact {[*exact.shape]}"
+    )
+    assert exact.dtype == torch.float64, f"exact must be fp64, got {exact.dtype}"
+    if exact.numel() == 0:
+        return
+    error, eager_error = ((t.detach().to(exact) - exact).abs().max().item() for t in (got, eager))
+    bound = 2 * eager_error + FLOOR[got.dtype] * exact.abs().max().item()
+    assert math.isfinite(bound), f"eager and exact must be finite, got a bound of {bound}"
+    # a NaN in got makes this comparison false, so it fails
+    assert error <= bound, f"max error {error:.3e} > {bound:.3e} (eager: {eager_error:.3e})"
+
+
+def data_dir() -> Path:
+    """Folder with real text, one data set a subfolder (`gsm8k/train.jsonl`), or skip the test.
+
+    FASTLORA_TEST_DATA names it; a checkout may have a folder shared/data beside it.
+    """
+    named = os.environ.get("FASTLORA_TEST_DATA")
+    folder = Path(named) if named else ROOT.parent / "shared" / "data"
+    if not (folder / "gsm8k" / "train.jsonl").is_file():
+        pytest.skip(f"no gsm8k/train.jsonl in {folder}, set FASTLORA_TEST_DATA")
+    return folder
+
+
+def cache_dir() -> Path:
+    """Folder in which `fastlora demo` keeps the model it downloads."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("FASTLORA_CACHE") or cache / "fastlora")
+
+
+def smollm2_gguf() -> Path:
+    """GGUF file of SmolLM2-135M-Instruct in the cache of `fastlora demo`, or skip the test."""
+    found = sorted(cache_dir().rglob("SmolLM2-135M-Instruct*.gguf"))
+    if not found:
+        pytest.skip(f"no SmolLM2-135M-Instruct*.gguf under {cache_dir()}, `make model` fetches it")
+    return found[0]
