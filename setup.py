@@ -8,11 +8,19 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError
 
 NOT_BUILT = (
-    "fastlora: the C++ kernels were not built ({error}), so the slower PyTorch reference will run on CPUs; "
-    "install a C++17 compiler and install fastlora again to have them"
+    "fastlora: the C++ kernels were not built ({error}), so the slower PyTorch reference will run "
+    "on CPUs; install a C++17 compiler and install fastlora again to have them"
 )
 # without -ffp-contract=off gcc fuses products and sums, and the bytes are no longer exact
-UNIX = ["-O3", "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"]
+UNIX = [
+    "-O3",
+    "-std=c++17",
+    "-ffp-contract=off",
+    "-fvisibility=hidden",
+    "-fno-exceptions",
+    "-fno-rtti",
+    "-g0",
+]
 MSVC = ["/O2", "/std:c++17", "/fp:precise"]
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastlora.cli.demo_model import MEMBER, cache_dir
 from fastlora.kernels.common import INTERPRET
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,15 +58,9 @@ def data_dir() -> Path:
     return folder
 
 
-def cache_dir() -> Path:
-    """Folder in which `fastlora demo` keeps the model it downloads."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("FASTLORA_CACHE") or cache / "fastlora")
-
-
 def smollm2_gguf() -> Path:
-    """GGUF file of SmolLM2-135M-Instruct in the cache of `fastlora demo`, or skip the test."""
-    found = sorted(cache_dir().rglob("SmolLM2-135M-Instruct*.gguf"))
-    if not found:
-        pytest.skip(f"no SmolLM2-135M-Instruct*.gguf under {cache_dir()}, `make model` fetches it")
-    return found[0]
+    """GGUF file of SmolLM2-135M-Instruct where `fastlora demo` keeps it, or skip the test."""
+    path = cache_dir() / Path(MEMBER).name
+    if not path.is_file():
+        pytest.skip(f"no {path}, `make model` downloads it")
+    return path

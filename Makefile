@@ -1,0 +1,79 @@
+# Needs Python >= 3.10, make and a C++ compiler; everything else goes into $(VENV).
+PYTHON ?= python3
+VENV ?= .venv
+# without a GPU a fixed version, so that no newer one pulls gigabytes of CUDA in
+TORCH ?= $(if $(shell command -v nvidia-smi || command -v rocm-smi),torch,torch==2.13.0)
+PYTEST_ARGS ?=
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check --no-input
+# what an installed extension or entry point is made from
+SOURCES := pyproject.toml setup.py MANIFEST.in $(wildcard csrc/*)
+# stamps live in the environment, so that removing it removes them
+STAMP := $(VENV)/.fastlora
+
+.DELETE_ON_ERROR:
+.PHONY: help install demo model test test-slow lint format bench clean
+
+help:
+	@echo "make demo       fine-tune a small real model in 4 bit, minutes on two cores"
+	@echo "make test       the test suite without what takes minutes"
+	@echo "make test-slow  what takes minutes"
+	@echo "make lint       ruff, pydoclint, clang-format"
+	@echo "make format     let ruff and clang-format rewrite the files"
+	@echo "make bench      microbenchmarks on this machine"
+	@echo "make install    only set $(VENV) up, with all extras"
+	@echo "make clean      remove $(VENV) and what was built"
+	@echo
+	@echo "variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH=$(TORCH) PYTEST_ARGS=$(PYTEST_ARGS)"
+
+# a healthy environment is kept, a broken one is made anew
+$(STAMP)-venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fastlora needs Python >= 3.10, got " + sys.version)'
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(STAMP)-torch: $(STAMP)-venv
+	$(PIP) install "$(TORCH)"
+	@$(PY) -c 'from importlib.metadata import version as v; print("torch==" + v("torch"))' > $(STAMP)-constraints
+	@touch $@
+
+# the constraint makes pip fail rather than exchange the torch that was chosen
+$(STAMP)-hf $(STAMP)-all: $(STAMP)-%: $(STAMP)-torch $(SOURCES)
+	$(PIP) install --constraint $(STAMP)-constraints --editable ".[$*]"
+	@$(PY) -c 'from fastlora import native; native.available() or print("note:", native.unavailable_reason())'
+	@touch $@
+
+install: $(STAMP)-all
+
+demo: $(if $(wildcard $(STAMP)-all),$(STAMP)-all,$(STAMP)-hf)
+	$(VENV)/bin/fastlora demo
+
+# offline the tests that need the model skip and say so
+model: $(STAMP)-all
+	@$(PY) -c 'import sys; from fastlora.cli.demo_model import fetch_model; sys.tracebacklimit = 0; fetch_model()' \
+		|| echo "note: no model, tests that need it skip"
+
+test: model
+	$(PY) -m pytest --durations=10 $(PYTEST_ARGS)
+
+test-slow: model
+	$(PY) -m pytest --durations=10 -m slow $(PYTEST_ARGS)
+
+lint: $(STAMP)-all
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pydoclint fastlora kernels benchmarks
+	$(VENV)/bin/clang-format --dry-run -Werror $(wildcard csrc/*.cpp csrc/*.h)
+
+format: $(STAMP)-all
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(wildcard csrc/*.cpp csrc/*.h)
+
+bench: $(STAMP)-all
+	$(VENV)/bin/fastlora bench all --device $(if $(shell command -v nvidia-smi || command -v rocm-smi),cuda,cpu)
+
+clean:
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .benchmarks build dist *.egg-info fastlora/_native*.so
+	find fastlora kernels benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
