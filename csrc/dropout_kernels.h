@@ -3,14 +3,14 @@
 // Element k of row m has 16-bit number k & 7 of the words of counter (k >> 3, m, m >> 32, offset)
 // under the seed as key, and is dropped iff it is below the threshold.
 // Included inside the namespace of that instruction set, after its simd_*.h, which defines:
-//   Lanes                              kLanes 64-bit lanes, of which Philox uses the lower halves
-//   broadcast, add, multiply, upper, xor3   multiply: lower 32 x lower 32 = 64 bits
+//   Lanes                              kLanes words of 32 bits, one of each Philox stream
+//   broadcast, add, xor3, multiply     multiply: the upper and the lower half of 64-bit products
 //   lane_counters()                    which counter a lane has, so that `halves` come in order
 //   Halves, halves(w, &lower, &upper)  16-bit numbers of 4 kLanes elements each
 //   drop(halves, threshold, scale, x, out)
 // Source: Salmon et al. 2011, Parallel random numbers: as easy as 1, 2, 3, section 4.3.
 
-constexpr int kRounds = 7;
+constexpr uint32_t kRounds = 7;
 constexpr int64_t kGroup = 8 * kLanes;  // elements of one call of every lane
 
 struct Philox {
@@ -18,25 +18,24 @@ struct Philox {
   Lanes multipliers[2];
 
   explicit Philox(uint64_t seed) {
-    uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-    for (auto& key : keys) {
-      key[0] = broadcast(k0);
-      key[1] = broadcast(k1);
-      k0 += 0x9e3779b9u;
-      k1 += 0xbb67ae85u;
+    // multiples, not two running sums: gcc 12 -O3 vectorises those into one, with wrong keys
+    for (uint32_t round = 0; round < kRounds; ++round) {
+      keys[round][0] = broadcast(static_cast<uint32_t>(seed) + round * 0x9e3779b9u);
+      keys[round][1] = broadcast(static_cast<uint32_t>(seed >> 32) + round * 0xbb67ae85u);
     }
     multipliers[0] = broadcast(0xd2511f53u);
     multipliers[1] = broadcast(0xcd9e8d57u);
   }
 
-  // in place; upper halves of the lanes hold rubbish that no step reads
   void operator()(Lanes (&c)[4]) const {
     for (const auto& key : keys) {
-      const Lanes p = multiply(multipliers[0], c[0]), q = multiply(multipliers[1], c[2]);
-      c[0] = xor3(upper(q), c[1], key[0]);
-      c[2] = xor3(upper(p), c[3], key[1]);
-      c[1] = q;
-      c[3] = p;
+      Lanes high0, low0, high2, low2;
+      multiply(multipliers[0], c[0], &high0, &low0);
+      multiply(multipliers[1], c[2], &high2, &low2);
+      c[0] = xor3(high2, c[1], key[0]);
+      c[2] = xor3(high0, c[3], key[1]);
+      c[1] = low2;
+      c[3] = low0;
     }
   }
 };

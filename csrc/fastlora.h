@@ -1,7 +1,7 @@
 // The C ABI of the CPU kernels, called by fastlora/native.py through ctypes.
 //
-// Nothing here checks its arguments: the public Python functions did. Every pointer may be unaligned
-// unless its line says otherwise; `threads` is an upper bound, small work uses fewer.
+// Nothing here checks its arguments: the public Python functions did. Every pointer may be
+// unaligned unless its line says otherwise; `threads` is an upper bound, small work uses fewer.
 #ifndef FASTLORA_H_
 #define FASTLORA_H_
 
@@ -34,16 +34,17 @@ FASTLORA_API int fastlora_use_isa(const char* name);
 // 1 when an OpenMP runtime is loaded in this process, else 0 and everything runs on one thread.
 FASTLORA_API int fastlora_has_threads(void);
 
-// NF4 codes and block scales of w; returns how many weights are NaN or Inf (then bytes mean nothing).
-FASTLORA_API int64_t fastlora_quantize_blocks(
-    const void* w,            // [numel], dtype
-    int dtype,                // FASTLORA_FP32, ...
-    int64_t numel,            // any
-    int64_t blocksize,        // a multiple of 32
-    const float* thresholds,  // [15], ascending
-    uint8_t* packed,          // [ceil(numel / 2)], out; high nibble first
-    float* absmax,            // [ceil(numel / blocksize)], out, aligned
-    int threads);
+// NF4 codes and block scales of w; returns how many weights are NaN or Inf (then bytes mean
+// nothing).
+FASTLORA_API int64_t
+fastlora_quantize_blocks(const void* w,            // [numel], dtype
+                         int dtype,                // FASTLORA_FP32, ...
+                         int64_t numel,            // any
+                         int64_t blocksize,        // a multiple of 32
+                         const float* thresholds,  // [15], ascending
+                         uint8_t* packed,          // [ceil(numel / 2)], out; high nibble first
+                         float* absmax,            // [ceil(numel / blocksize)], out, aligned
+                         int threads);
 
 // 8-bit codes of block scales, groups of 256 with one scale each.
 FASTLORA_API void fastlora_quantize_stats(
@@ -74,7 +75,7 @@ FASTLORA_API void fastlora_dequantize_blocks(
 FASTLORA_API void fastlora_dropout(
     const void* x,  // [m, k], dtype, unit column stride
     int dtype,
-    int64_t row_stride,    // of x, in elements
+    int64_t row_stride,  // of x, in elements
     int64_t m,
     int64_t k,
     const int64_t* state,  // [2], aligned: seed, offset

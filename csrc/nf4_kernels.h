@@ -7,7 +7,8 @@
 // Bound by memory: 4.5 (fp32) or 2.5 bytes (fp16, bf16) a weight, in either direction.
 
 constexpr int64_t kStep = 32;
-constexpr int kZeroByte = 0x77;  // code 7, the value 0, twice
+constexpr int64_t kBatch = 2048;  // weights whose scales are found before their codes
+constexpr int kZeroByte = 0x77;   // code 7, the value 0, twice
 
 template <class T>
 int64_t count_nonfinite(const T* w, int64_t n) {
@@ -17,37 +18,57 @@ int64_t count_nonfinite(const T* w, int64_t n) {
 }
 
 template <class T>
-int64_t quantize_blocks(const QuantizeBlocks& q, int64_t first, int64_t last) {
-  const Encoder encode(q.thresholds);
-  int64_t nonfinite = 0;
-  for (int64_t block = first; block < last; ++block) {
-    const int64_t start = block * q.blocksize;
-    const int64_t left = q.numel - start;
-    const int64_t count = left < q.blocksize ? left : q.blocksize;
-    const int64_t whole = count / kStep * kStep, rest = count - whole;
-    const T* w = static_cast<const T*>(q.w) + start;
-    uint8_t* packed = q.packed + start / 2;
+float block_absmax(const T* w, int64_t count) {
+  const int64_t whole = count / kStep * kStep;
+  uint32_t bits = abs_bits_max(w, whole);
+  if (whole < count) {
+    T tail[kStep] = {};
+    memcpy(tail, w + whole, (count - whole) * sizeof(T));
+    const uint32_t tail_bits = abs_bits_max(tail, kStep);
+    if (tail_bits > bits) bits = tail_bits;
+  }
+  return magnitude(bits, w);
+}
 
+template <class T>
+void encode_block(const Encoder& encode, const T* w, int64_t count, float r, uint8_t* packed) {
+  if (!is_finite(r)) {
+    memset(packed, kZeroByte, (count + 1) / 2);
+    return;
+  }
+  const int64_t whole = count / kStep * kStep;
+  for (int64_t i = 0; i < whole; i += kStep) encode(w + i, r, packed + i / 2);
+  if (whole < count) {
     T tail[kStep] = {};  // zeros are code 7, which is what the nibble after an odd count holds
-    uint32_t bits = abs_bits_max(w, whole);
-    if (rest > 0) {
-      memcpy(tail, w + whole, rest * sizeof(T));
-      const uint32_t tail_bits = abs_bits_max(tail, kStep);
-      if (tail_bits > bits) bits = tail_bits;
+    uint8_t bytes[kStep / 2];
+    memcpy(tail, w + whole, (count - whole) * sizeof(T));
+    encode(tail, r, bytes);
+    memcpy(packed + whole / 2, bytes, (count - whole + 1) / 2);
+  }
+}
+
+template <class T>
+int64_t quantize_blocks(const QuantizeBlocks& args, int64_t first, int64_t last) {
+  const QuantizeBlocks q = args;  // a copy, which the bytes written cannot alias
+  const Encoder encode(q.thresholds);
+  const T* w = static_cast<const T*>(q.w);
+  int64_t nonfinite = 0;
+  // scales of a batch that fits the first cache, then its codes: a block alone would wait for its
+  // own maximum and division
+  const int64_t batch = q.blocksize < kBatch ? kBatch / q.blocksize : 1;
+  for (int64_t from = first; from < last; from += batch) {
+    const int64_t to = last - from < batch ? last : from + batch;
+    for (int64_t block = from; block < to; ++block) {
+      const int64_t start = block * q.blocksize, left = q.numel - start;
+      const int64_t count = left < q.blocksize ? left : q.blocksize;
+      const float absmax = block_absmax(w + start, count);
+      if (!is_finite(absmax)) nonfinite += count_nonfinite(w + start, count);
+      q.absmax[block] = absmax;
     }
-    const float absmax = magnitude(bits, w);
-    if (!is_finite(absmax)) nonfinite += count_nonfinite(w, count);
-    q.absmax[block] = absmax;
-    const float r = 1.0f / absmax;
-    if (!is_finite(r)) {
-      memset(packed, kZeroByte, (count + 1) / 2);
-      continue;
-    }
-    for (int64_t i = 0; i < whole; i += kStep) encode(w + i, r, packed + i / 2);
-    if (rest > 0) {
-      uint8_t bytes[kStep / 2];
-      encode(tail, r, bytes);
-      memcpy(packed + whole / 2, bytes, (rest + 1) / 2);
+    for (int64_t block = from; block < to; ++block) {
+      const int64_t start = block * q.blocksize, left = q.numel - start;
+      const int64_t count = left < q.blocksize ? left : q.blocksize;
+      encode_block(encode, w + start, count, 1.0f / q.absmax[block], q.packed + start / 2);
     }
   }
   return nonfinite;
@@ -60,7 +81,8 @@ inline float block_scale(const DequantizeBlocks& d, int64_t block) {
 }
 
 template <class T>
-void dequantize_blocks(const DequantizeBlocks& d, int64_t first, int64_t last) {
+void dequantize_blocks(const DequantizeBlocks& args, int64_t first, int64_t last) {
+  const DequantizeBlocks d = args;
   for (int64_t block = first; block < last; ++block) {
     const int64_t start = block * d.blocksize;
     const int64_t left = d.numel - start;

@@ -14,8 +14,10 @@
 #if defined(__linux__)
 // libgomp's ABI, which libomp and libiomp5 offer too
 extern "C" {
-[[gnu::weak, gnu::visibility("default")]] void GOMP_parallel(
-    void (*body)(void*), void* context, unsigned threads, unsigned flags);
+[[gnu::weak, gnu::visibility("default")]] void GOMP_parallel(void (*body)(void*),
+                                                             void* context,
+                                                             unsigned threads,
+                                                             unsigned flags);
 [[gnu::weak, gnu::visibility("default")]] int omp_get_thread_num(void);
 [[gnu::weak, gnu::visibility("default")]] int omp_get_num_threads(void);
 }

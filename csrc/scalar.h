@@ -16,14 +16,15 @@ inline float to_float(float x) { return x; }
 
 inline float to_float(Bf16 x) { return float_of_bits(uint32_t{x.bits} << 16); }
 
+// without branches, so that loops of it vectorise
 inline float to_float(Fp16 x) {
-  const uint32_t sign = (x.bits & 0x8000u) << 16;
-  uint32_t bits = (x.bits & 0x7fffu) << 13;
-  if (bits >= 0x0f800000u) return float_of_bits(sign | bits | 0x7f800000u);  // Inf, NaN
-  bits += 112u << 23;  // bias 15 to bias 127
+  const uint32_t sign = (x.bits & 0x8000u) << 16, bits = (x.bits & 0x7fffu) << 13;
+  const uint32_t normal = bits + (112u << 23);  // bias 15 to bias 127
   // a subnormal half has no implicit one: give it one and take it away again, exactly
-  if (bits < 113u << 23) bits = bits_of(float_of_bits(bits + (1u << 23)) - float_of_bits(113u << 23));
-  return float_of_bits(sign | bits);
+  const uint32_t subnormal =
+      bits_of(float_of_bits(normal + (1u << 23)) - float_of_bits(113u << 23));
+  const uint32_t finite = bits < 1u << 23 ? subnormal : normal;
+  return float_of_bits(sign | (bits < 0x0f800000u ? finite : bits | 0x7f800000u));
 }
 
 // round to nearest, ties to even; NaN stays NaN
@@ -36,17 +37,13 @@ inline void from_float(float x, Bf16* out) {
 }
 
 inline void from_float(float x, Fp16* out) {
-  const uint32_t sign = (bits_of(x) & 0x80000000u) >> 16;
-  const uint32_t bits = bits_of(x) & 0x7fffffffu;
-  uint32_t half;
-  if (bits >= 0x47800000u) {  // 65536 and more
-    half = bits > 0x7f800000u ? 0x7e00u : 0x7c00u;
-  } else if (bits < 0x38800000u) {  // below 2^-14: the addition rounds to a multiple of 2^-24
-    half = bits_of(float_of_bits(bits) + 0.5f) - bits_of(0.5f);
-  } else {
-    half = (bits - (112u << 23) + 0xfffu + ((bits >> 13) & 1u)) >> 13;
-  }
-  out->bits = static_cast<uint16_t>(sign | half);
+  const uint32_t sign = (bits_of(x) & 0x80000000u) >> 16, bits = bits_of(x) & 0x7fffffffu;
+  const uint32_t normal = (bits - (112u << 23) + 0xfffu + ((bits >> 13) & 1u)) >> 13;
+  // below 2^-14 the addition rounds to a multiple of 2^-24
+  const uint32_t subnormal = bits_of(float_of_bits(bits) + 0.5f) - bits_of(0.5f);
+  const uint32_t finite = bits < 0x38800000u ? subnormal : normal;
+  const uint32_t special = bits > 0x7f800000u ? 0x7e00u : 0x7c00u;  // NaN, or 65536 and more
+  out->bits = static_cast<uint16_t>(sign | (bits < 0x47800000u ? finite : special));
 }
 
 // the number of absolute value `bits`, in the bits of T

@@ -118,14 +118,15 @@ struct Decoder {
     const __m128i mask = _mm_set1_epi16(0xff);
     lower = _mm256_broadcastsi128_si256(
         _mm_packus_epi16(_mm_and_si128(x, mask), _mm_and_si128(y, mask)));
-    upper = _mm256_broadcastsi128_si256(
-        _mm_packus_epi16(_mm_srli_epi16(x, 8), _mm_srli_epi16(y, 8)));
+    upper =
+        _mm256_broadcastsi128_si256(_mm_packus_epi16(_mm_srli_epi16(x, 8), _mm_srli_epi16(y, 8)));
   }
 
   void operator()(const uint8_t* packed, T* out) const {
     const __m256i x = _mm256_cvtepu8_epi16(load128(packed));
-    const __m256i nibbles = _mm256_or_si256(
-        _mm256_srli_epi16(x, 4), _mm256_and_si256(_mm256_slli_epi16(x, 8), _mm256_set1_epi16(0xf00)));
+    const __m256i nibbles =
+        _mm256_or_si256(_mm256_srli_epi16(x, 4),
+                        _mm256_and_si256(_mm256_slli_epi16(x, 8), _mm256_set1_epi16(0xf00)));
     const __m256i low = _mm256_shuffle_epi8(lower, nibbles);
     const __m256i high = _mm256_shuffle_epi8(upper, nibbles);
     const __m256i a = _mm256_unpacklo_epi8(low, high), b = _mm256_unpackhi_epi8(low, high);
@@ -158,17 +159,18 @@ struct Decoder<float> {
   }
 };
 
+// 64 bits wide; Philox words in the lower halves, rubbish that is never read in the upper
 constexpr int kLanes = 4;
 using Lanes = __m256i;
 using Halves = __m256i;
 
 inline Lanes broadcast(uint32_t x) { return _mm256_set1_epi64x(x); }
 inline Lanes add(Lanes a, Lanes b) { return _mm256_add_epi64(a, b); }
-inline Lanes multiply(Lanes a, Lanes b) { return _mm256_mul_epu32(a, b); }
-inline Lanes upper(Lanes a) { return _mm256_srli_epi64(a, 32); }
-inline Lanes xor3(Lanes a, Lanes b, Lanes c) {
-  return _mm256_xor_si256(_mm256_xor_si256(a, b), c);
+inline void multiply(Lanes a, Lanes b, Lanes* high, Lanes* low) {
+  *low = _mm256_mul_epu32(a, b);
+  *high = _mm256_srli_epi64(*low, 32);
 }
+inline Lanes xor3(Lanes a, Lanes b, Lanes c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); }
 inline Lanes lane_counters() { return _mm256_setr_epi64x(0, 2, 1, 3); }
 
 inline void halves(const Lanes (&w)[4], Halves* lower, Halves* upper) {
@@ -197,7 +199,8 @@ inline void drop(Halves numbers, uint32_t threshold, float scale, const float* x
   const __m256i keep = kept(numbers, threshold);
   const __m256i a = _mm256_cvtepi16_epi32(_mm256_castsi256_si128(keep));
   const __m256i b = _mm256_cvtepi16_epi32(_mm256_extracti128_si256(keep, 1));
-  _mm256_storeu_ps(out, _mm256_and_ps(_mm256_mul_ps(_mm256_loadu_ps(x), s), _mm256_castsi256_ps(a)));
+  _mm256_storeu_ps(out,
+                   _mm256_and_ps(_mm256_mul_ps(_mm256_loadu_ps(x), s), _mm256_castsi256_ps(a)));
   _mm256_storeu_ps(out + 8,
                    _mm256_and_ps(_mm256_mul_ps(_mm256_loadu_ps(x + 8), s), _mm256_castsi256_ps(b)));
 }

@@ -140,14 +140,17 @@ struct Decoder<float> {
   }
 };
 
+// 64 bits wide; Philox words in the lower halves, rubbish that is never read in the upper
 constexpr int kLanes = 8;
 using Lanes = __m512i;
 using Halves = __m512i;
 
 inline Lanes broadcast(uint32_t x) { return _mm512_set1_epi64(x); }
 inline Lanes add(Lanes a, Lanes b) { return _mm512_add_epi64(a, b); }
-inline Lanes multiply(Lanes a, Lanes b) { return _mm512_mul_epu32(a, b); }
-inline Lanes upper(Lanes a) { return _mm512_srli_epi64(a, 32); }
+inline void multiply(Lanes a, Lanes b, Lanes* high, Lanes* low) {
+  *low = _mm512_mul_epu32(a, b);
+  *high = _mm512_srli_epi64(*low, 32);
+}
 inline Lanes xor3(Lanes a, Lanes b, Lanes c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
 inline Lanes lane_counters() { return _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7); }
 
@@ -174,9 +177,9 @@ inline void drop(Halves numbers, uint32_t threshold, float scale, const Fp16* x,
   const __m512 s = _mm512_set1_ps(scale);
   const __m512 a = _mm512_mul_ps(_mm512_cvtph_ps(load256(x)), s);
   const __m512 b = _mm512_mul_ps(_mm512_cvtph_ps(load256(x + 16)), s);
-  const __m512i y = _mm512_inserti64x4(
-      _mm512_castsi256_si512(_mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT)),
-      _mm512_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT), 1);
+  const __m512i y =
+      _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT)),
+                         _mm512_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT), 1);
   _mm512_storeu_si512(out, _mm512_maskz_mov_epi16(kept(numbers, threshold), y));
 }
 

@@ -33,7 +33,8 @@ struct Encoder {
     for (int t = 0; t < 15; ++t) {
       for (int i = 0; i < 32; ++i) codes[i] += scaled[i] > thresholds[t];
     }
-    for (int i = 0; i < 16; ++i) out[i] = static_cast<uint8_t>(codes[2 * i] << 4 | codes[2 * i + 1]);
+    for (int i = 0; i < 16; ++i)
+      out[i] = static_cast<uint8_t>(codes[2 * i] << 4 | codes[2 * i + 1]);
   }
 };
 
@@ -56,12 +57,12 @@ struct Decoder {
 constexpr int kLanes = 8;
 
 struct Lanes {
-  uint64_t v[kLanes];
+  uint32_t v[kLanes];
 };
 
 inline Lanes broadcast(uint32_t x) {
   Lanes y;
-  for (uint64_t& lane : y.v) lane = x;
+  for (uint32_t& lane : y.v) lane = x;
   return y;
 }
 
@@ -71,16 +72,12 @@ inline Lanes add(const Lanes& a, const Lanes& b) {
   return y;
 }
 
-inline Lanes multiply(const Lanes& a, const Lanes& b) {
-  Lanes y;
-  for (int i = 0; i < kLanes; ++i) y.v[i] = (a.v[i] & 0xffffffffu) * (b.v[i] & 0xffffffffu);
-  return y;
-}
-
-inline Lanes upper(const Lanes& a) {
-  Lanes y;
-  for (int i = 0; i < kLanes; ++i) y.v[i] = a.v[i] >> 32;
-  return y;
+inline void multiply(const Lanes& a, const Lanes& b, Lanes* high, Lanes* low) {
+  for (int i = 0; i < kLanes; ++i) {
+    const uint64_t product = uint64_t{a.v[i]} * b.v[i];
+    high->v[i] = static_cast<uint32_t>(product >> 32);
+    low->v[i] = static_cast<uint32_t>(product);
+  }
 }
 
 inline Lanes xor3(const Lanes& a, const Lanes& b, const Lanes& c) {

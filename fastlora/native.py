@@ -63,14 +63,17 @@ if hasattr(os, "register_at_fork"):
 def available() -> bool:
     """Whether the C++ kernels were built and can be loaded.
 
+    Returns:
+        False is no error: `unavailable_reason` says why.
+
     Raises:
-        RuntimeError: FASTLORA_CPU_ISA names an instruction set that is unknown or does not run here.
+        RuntimeError: FASTLORA_CPU_ISA names an instruction set that is unknown or cannot run here.
     """
     return _load()[0] is not None
 
 
 def unavailable_reason() -> str:
-    """Why `available` is False and what to do about it, one sentence without full stop; else empty."""
+    """Why `available` is False and what to do, one sentence without full stop; else empty."""
     return _load()[1]
 
 
@@ -97,7 +100,7 @@ def use_isa(name: str) -> None:
 
 
 def threads() -> int:
-    """How many threads large work uses: 1 in a forked child and where there is no OpenMP runtime."""
+    """How many threads large work uses: 1 in a forked child and without an OpenMP runtime."""
     if _forked or not _library().fastlora_has_threads():
         return 1
     return torch.get_num_threads()
@@ -148,7 +151,7 @@ def _use_isa(library: ctypes.CDLL, name: str) -> None:
 
 
 def quantize_blocks(w: Tensor, blocksize: int) -> tuple[Tensor, Tensor, int]:
-    """Codes and block scales of w, flat: packed uint8 [ceil(n/2)], absmax fp32 [blocks], NaN+Inf count."""
+    """Codes, block scales and NaN+Inf count of w: uint8 [ceil(n/2)], fp32 [blocks], int."""
     w = w.contiguous()
     n = w.numel()
     packed = torch.empty((n + 1) // 2, dtype=torch.uint8)
@@ -167,7 +170,7 @@ def quantize_blocks(w: Tensor, blocksize: int) -> tuple[Tensor, Tensor, int]:
 
 
 def quantize_stats(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Double quantisation: codes uint8 [blocks], second-level scales fp32 [groups], offset fp32 []."""
+    """Double quantisation: codes uint8 [blocks], group scales fp32 [groups], offset fp32 []."""
     absmax = absmax.contiguous()
     blocks = absmax.numel()
     offset = absmax.mean()  # by torch, so that the order of summation is bitsandbytes'
@@ -222,7 +225,7 @@ def dequantize_blocks(
 def dropout(x: Tensor, state: Tensor | None, p: float) -> Tensor:
     """x [M, K] with elements dropped with probability p and the others scaled up.
 
-    The mask is a function of (seed, offset, m, k) alone: one Philox call gives eight 16-bit numbers.
+    The mask is a function of (seed, offset, m, k) alone; `x` itself is returned where p is 0.
     """
     if p == 0:
         return x
