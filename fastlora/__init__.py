@@ -1,6 +1,38 @@
 """fastlora: kernel-level LoRA and QLoRA with drop-in linear layers."""
 
 from fastlora import nn, ops
+from fastlora.adapters import load_adapter, save_adapter
+from fastlora.config import LoraConfig
+from fastlora.model import (
+    add_lora,
+    delete_adapter,
+    disable_adapters,
+    merge_lora,
+    prepare_for_training,
+    quantize_model,
+    set_adapter,
+    unload_lora,
+)
 from fastlora.nf4 import NF4Weight, dequantize_nf4, quantize_nf4
+from fastlora.report import explain, print_trainable_parameters
 
-__all__ = ["NF4Weight", "dequantize_nf4", "nn", "ops", "quantize_nf4"]
+__all__ = [
+    "LoraConfig",
+    "NF4Weight",
+    "add_lora",
+    "delete_adapter",
+    "dequantize_nf4",
+    "disable_adapters",
+    "explain",
+    "load_adapter",
+    "merge_lora",
+    "nn",
+    "ops",
+    "prepare_for_training",
+    "print_trainable_parameters",
+    "quantize_model",
+    "quantize_nf4",
+    "save_adapter",
+    "set_adapter",
+    "unload_lora",
+]
