@@ -1,0 +1,81 @@
+"""The command line, `fastlora` and `python -m fastlora`.
+
+One file per command: `fastlora/cli/<name>.py` defines a function `<name>`, and COMMANDS lists the
+name. The file is imported when its command is run or its help is shown; it holds the options, and
+imports what is heavy (torch, transformers) when it runs.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from fastlora.cli.console import UserError, error_line
+
+COMMANDS = ("demo", "train", "generate", "bench", "doctor")
+
+# by version typer imports click or carries its own; in both this is the class of usage errors
+UsageError = typer.BadParameter.__bases__[0]
+
+
+class _LazyCommands(Mapping[str, Any]):
+    """The commands by name, imported when they are looked up."""
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in COMMANDS:
+            raise KeyError(name)
+        single = typer.Typer(add_completion=False)
+        single.command(name)(getattr(import_module(f"fastlora.cli.{name}"), name))
+        return typer.main.get_command(single)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(COMMANDS)
+
+    def __len__(self) -> int:
+        return len(COMMANDS)
+
+
+class _Commands(TyperGroup):
+    def __init__(self, **attrs: Any) -> None:
+        super().__init__(**attrs)
+        self.commands = _LazyCommands()
+
+    def list_commands(self, ctx: typer.Context) -> list[str]:
+        """Names in the order of the help."""
+        return [*COMMANDS]
+
+    def main(self, args: Sequence[str] | None = None, **extra: Any) -> None:
+        """Run a command and exit: 0 done, 1 failed, 2 bad input, 130 interrupted."""
+        extra["standalone_mode"] = False
+        try:
+            code = super().main(args, **extra) or 0
+        except (KeyboardInterrupt, typer.Abort):
+            code = 130
+        except UserError as error:
+            error_line(str(error))
+            code = error.exit_code
+        except UsageError as error:
+            error_line(error.format_message())
+            code = 2
+        if code == 130:
+            error_line("interrupted")
+        raise SystemExit(code)
+
+
+app = typer.Typer(
+    cls=_Commands, add_completion=False, invoke_without_command=True, pretty_exceptions_enable=False
+)
+
+
+@app.callback()
+def _fastlora(context: typer.Context) -> None:
+    """LoRA and QLoRA fine-tuning with exact 4-bit layers."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def main() -> None:
+    """Entry point of the installed `fastlora`."""
+    app(prog_name="fastlora")

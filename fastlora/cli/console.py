@@ -1,0 +1,71 @@
+"""What a person sees: where text goes, how an error looks, how numbers are written."""
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.text import Text
+
+console = Console(highlight=False)
+
+
+class UserError(Exception):
+    """A mistake of the user or a failure to report: one line on stderr, no traceback."""
+
+    def __init__(self, message: str, exit_code: int = 2) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def error_line(message: str) -> None:
+    """Write a message to stderr as one line."""
+    print("fastlora:", " ".join(message.split()), file=sys.stderr)
+
+
+@contextmanager
+def reported(*kinds: type[Exception]) -> Iterator[None]:
+    """Turn errors of these kinds, raised by what lies below the command line, into a UserError."""
+    try:
+        yield
+    except kinds as error:
+        raise UserError(str(error) or type(error).__name__) from error
+
+
+def require(*modules: str) -> None:
+    """Check that optional packages are there, before work begins.
+
+    Args:
+        modules: import names.
+
+    Raises:
+        UserError: one is missing.
+    """
+    for name in modules:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"{name} must be installed, install the extra fastlora-engine[hf]")
+
+
+def note(label: str, text: str) -> None:
+    """Print one line of a run's account."""
+    console.print(Text.assemble((f"{label:>8}", "bold cyan"), "  ", text), soft_wrap=True)
+
+
+def size(count: float) -> str:
+    """Bytes for reading: 71 MB, 1.2 GB (powers of ten)."""
+    units = ["B", "kB", "MB", "GB"]
+    while count >= 1000 and len(units) > 1:
+        count /= 1000
+        units.pop(0)
+    return f"{count:.0f} {units[0]}" if count >= 100 else f"{count:.2g} {units[0]}"
+
+
+def duration(seconds: float) -> str:
+    """A time for reading: 8.2 s, 3 min 20 s, 2 h 05 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return (
+        f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+    )

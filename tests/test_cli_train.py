@@ -1,0 +1,288 @@
+"""`fastlora train` and `fastlora generate` end to end, on a tiny model."""
+
+import itertools
+import json
+import signal
+import sys
+
+import pytest
+import torch
+from cli_helpers import invoke, one_line, save_tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import fastlora
+from fastlora.cli import progress, training
+
+STEPS = 60
+OPTIONS = ("--lr", "1e-2", "--batch-size", "4", "--rank", "8", "--warmup", "0")
+PAIRS = {"one": "two three", "four": "five six", "seven": "eight nine", "ten": "done"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Matrices this small are faster without threads, many times so on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    torch.manual_seed(0)
+    return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    rows = [json.dumps({"prompt": p, "completion": c}) for p, c in PAIRS.items()]
+    path.write_text("\n".join(rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(model, data, tmp_path_factory):
+    """A run that learns four lines by heart."""
+    output = tmp_path_factory.mktemp("run") / "adapter"
+    result = invoke("train", model, data, "-o", output, "--steps", STEPS, *OPTIONS)
+    assert result.exit_code == 0, result.stdout + result.stderr
+    return output, result
+
+
+def test_train_writes_adapter_metrics_and_settings(trained):
+    output, result = trained
+    assert {p.name for p in output.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "metrics.jsonl",
+        "settings.json",
+    }
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == [*range(1, STEPS + 1)]
+    assert records[0]["loss"] > 4
+    assert records[-1]["loss"] < 0.1
+    assert records[0]["lr"] == pytest.approx(1e-2)
+    assert all(a["lr"] > b["lr"] for a, b in itertools.pairwise(records))
+    assert all(r["tokens_per_second"] > 0 and r["memory_bytes"] > 0 for r in records)
+    assert result.stderr == ""
+    assert f"{records[0]['loss']:.4f} → {records[-1]['loss']:.4f}" in result.stdout
+    assert f"{STEPS} steps in" in result.stdout
+
+
+def test_metrics_count_the_tokens_that_are_not_padding(trained, model):
+    output, _ = trained
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokens = sum(len(tokenizer(f"{p}\n{c}").input_ids) + 1 for p, c in PAIRS.items())
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    # four examples, batches of four: every step sees all of them
+    assert [r["tokens"] for r in records[:3]] == [tokens, 2 * tokens, 3 * tokens]
+
+
+def test_adapter_loads_and_answers(trained, model):
+    output, _ = trained
+    for prompt, completion in PAIRS.items():
+        result = invoke("generate", model, "--adapter", output, "--prompt", prompt)
+        assert result.exit_code == 0
+        assert result.stdout == completion + "\n"
+    base = invoke("generate", model, "--prompt", "one", "--max-new-tokens", "8")
+    assert base.exit_code == 0
+    assert base.stdout != PAIRS["one"] + "\n"
+
+
+def test_loss_is_that_of_the_completions(trained, model):
+    """The first logged loss is the base model's: B starts at zero."""
+    output, _ = trained
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    dense = AutoModelForCausalLM.from_pretrained(model)
+    fastlora.quantize_model(dense)
+    total, count = 0.0, 0
+    for prompt, completion in PAIRS.items():
+        before, after = (tokenizer(t).input_ids for t in (prompt + "\n", completion))
+        after = [*after, tokenizer.eos_token_id]
+        logits = dense(torch.tensor([before + after])).logits[0, len(before) - 1 : -1]
+        total += torch.nn.functional.cross_entropy(
+            logits, torch.tensor(after), reduction="sum"
+        ).item()
+        count += len(after)
+    first = json.loads((output / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["loss"] == pytest.approx(total / count, rel=1e-4)
+
+
+def test_same_seed_same_losses_and_text_data(model, tmp_path):
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": f"one two {i}"}) + "\n" for i in range(6)))
+    words = ("--epochs", "2", "--batch-size", "2", "--accumulation", "2", "--dropout", "0.2")
+    losses = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        result = invoke("train", model, path, "-o", tmp_path / name, *words, "--seed", seed)
+        assert result.exit_code == 0, result.stderr
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+    assert len(losses[0]) == 4  # six examples, four a step, two passes
+    assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--quantize", "none", "--rslora", "--scheduler", "cosine"),
+        ("--flat", "--blocksize", "32", "--target-modules", "q_proj, v_proj"),
+        ("--target-modules", r".*layers\.1\.mlp\.(up|down)_proj", "--logging-steps", "3"),
+        ("--gradient-checkpointing", "--dtype", "bf16", "--scheduler", "constant", "--clip", "0"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_options_reach_the_training(words, model, data, tmp_path):
+    result = invoke("train", model, data, "-o", tmp_path, "--steps", "4", *OPTIONS, *words)
+    assert result.exit_code == 0, result.stderr
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["task_type"] == "CAUSAL_LM"
+    assert config["base_model_name_or_path"] == str(model)
+    if "--rslora" in words:
+        assert config["use_rslora"]
+        assert "dense" in result.stdout
+        assert records[1]["lr"] == pytest.approx(1e-2 * 0.5 * (1 + 0.5**0.5))  # cos(pi / 4)
+    if "--flat" in words:
+        assert sorted(config["target_modules"]) == ["q_proj", "v_proj"]
+    if "--logging-steps" in words:
+        assert [r["step"] for r in records] == [3, 4], "the last step is always logged"
+        assert "2 layers" in result.stdout
+    if "--dtype" in words:
+        assert "bfloat16" in result.stdout
+        assert [r["lr"] for r in records] == [1e-2] * 4
+
+
+def test_the_adapter_is_saved_as_trained(model, data, tmp_path):
+    """Dense weights, so that PEFT's own model gives the same logits."""
+    peft = pytest.importorskip("peft")
+    words = ("--steps", "5", "--quantize", "none", *OPTIONS)
+    assert invoke("train", model, data, "-o", tmp_path, *words).exit_code == 0
+    ids = torch.tensor([[5, 6, 7]])
+    ours = fastlora.load_adapter(AutoModelForCausalLM.from_pretrained(model), tmp_path).eval()
+    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(model)
+    torch.testing.assert_close(ours(ids).logits, theirs(ids).logits)
+    assert (ours(ids).logits - base(ids).logits).abs().max() > 0.01
+
+
+# --- what is refused -------------------------------------------------------------------------
+
+
+def refused(*words):
+    result = invoke("train", *words)
+    assert result.exit_code == 2, result.stdout
+    return one_line(result)
+
+
+def test_output_with_files_is_kept(model, data, tmp_path):
+    (tmp_path / "precious").touch()
+    assert "output must be a new or empty folder" in refused(model, data, "-o", tmp_path)
+    result = invoke("train", model, data, "-o", tmp_path, "--overwrite", "--steps", "1", *OPTIONS)
+    assert result.exit_code == 0
+    assert (tmp_path / "precious").exists()
+    (tmp_path / "file").touch()
+    assert "exists" in refused(model, data, "-o", tmp_path / "file").lower()
+
+
+def test_bad_models(data, tmp_path):
+    out = ("-o", tmp_path / "out")
+    assert "model must be a folder with config.json or a .gguf file" in refused("no", data, *out)
+    assert "got none.gguf" in refused("none.gguf", data, *out)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for config, message in (
+        ("{", "config.json must be JSON"),
+        ('{"model_type": "wat"}', "model_type must be a causal language model, got 'wat'"),
+        ('{"model_type": "t5"}', "model_type must be a causal language model, got 't5'"),
+        (
+            '{"model_type": "llama", "quantization_config": {"quant_method": "fp8"}}',
+            "must not be quantised already, got 'fp8'",
+        ),
+    ):
+        (folder / "config.json").write_text(config)
+        assert message in refused(folder, data, *out)
+    (tmp_path / "x.gguf").write_bytes(b"GGUF nonsense")
+    refused(tmp_path / "x.gguf", data, *out)
+
+
+def test_model_without_all_weights(data, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = save_tiny_model(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    message = refused(folder, data, "-o", tmp_path / "out")
+    assert "got none for model.layers.1.mlp.up_proj.weight" in message
+    (folder / "model.safetensors").write_bytes(b"\0" * 100)
+    refused(folder, data, "-o", tmp_path / "out")
+    (folder / "model.safetensors").unlink()
+    refused(folder, data, "-o", tmp_path / "out")
+
+
+def test_bad_data_and_settings(model, data, tmp_path):
+    out = ("-o", tmp_path / "out")
+    assert "none.jsonl" in refused(model, "none.jsonl", *out)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(data.read_text() + "\n{]")
+    assert "bad.jsonl, line 5: must be JSON" in refused(model, bad, *out)
+    assert "wat_proj" in refused(model, data, *out, "--target-modules", "wat_proj")
+    assert "blocksize must be one of" in refused(model, data, *out, "--blocksize", "48")
+    assert "lora_dropout" in refused(model, data, *out, "--dropout", "1")
+    assert "max-length must leave room" in refused(model, data, *out, "--max-length", "2")
+    if not torch.cuda.is_available():
+        assert "fp16 must run on a GPU" in refused(model, data, *out, "--dtype", "fp16")
+
+
+def test_several_processes_are_refused(model, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "got WORLD_SIZE=2" in refused(model, data, "-o", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_packages_are_named(model, data, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert "transformers must be installed" in refused(model, data, "-o", tmp_path / "out")
+
+
+def test_bad_adapters(trained, model, tmp_path):
+    output, _ = trained
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).write_bytes((output / name).read_bytes())
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"\0" * 64)
+    result = invoke("generate", model, "--adapter", tmp_path, "--prompt", "one")
+    assert result.exit_code == 2
+    one_line(result)
+
+
+def test_loss_that_is_not_finite_stops_the_run(model, data, tmp_path, monkeypatch):
+    right = training._arguments
+
+    def infinite(*args):
+        arguments = right(*args)
+        arguments.learning_rate = float("inf")
+        return arguments
+
+    monkeypatch.setattr(training, "_arguments", infinite)
+    result = invoke("train", model, data, "-o", tmp_path, "--steps", "5", *OPTIONS)
+    assert result.exit_code == 1
+    assert "loss must stay finite, got nan at step 2" in one_line(result)
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+
+
+def test_interrupt_ends_with_130_and_one_line(model, data, tmp_path, monkeypatch):
+    right = progress.RunLog.on_log
+
+    def interrupted(log, args, state, control, logs, **kwargs):
+        right(log, args, state, control, logs, **kwargs)
+        if state.global_step == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(progress.RunLog, "on_log", interrupted)
+    result = invoke("train", model, data, "-o", tmp_path, "--steps", "9", *OPTIONS)
+    assert result.exit_code == 130
+    assert one_line(result) == "fastlora: interrupted\n"
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+    assert not (tmp_path / "adapter_model.safetensors").exists()
