@@ -303,7 +303,8 @@ def prepare_for_training(model: nn.Module, gradient_checkpointing: bool = False)
             "call torch.utils.checkpoint in its forward instead"
         )
     enable({"use_reentrant": False})
-    root.enable_input_require_grads()
+    if not hasattr(root, "_require_grads_hook"):  # transformers does it for text models only
+        root.enable_input_require_grads()
     return model
 
 

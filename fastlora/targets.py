@@ -115,7 +115,7 @@ def make_plan(model: nn.Module, cfg: LoraConfig, strict: bool = True) -> Plan:
         ValueError: nothing matches, a name matches nothing, or a module cannot be adapted.
     """
     sites = {site.path: site for site in walk(model)}
-    skipped = _left_out(model, cfg, sites) if is_all_linear(cfg) else {}
+    skipped = _left_out(model, sites) if is_all_linear(cfg) else {}
     targets, excluded = [], []
     for path, site in sites.items():
         if _is_excluded(cfg, path):
@@ -303,19 +303,14 @@ def _own_obstacle(module: nn.Module, name: str, model_type: str | None) -> str:
     return f"its class {type(module).__name__} may have a forward of its own"
 
 
-def _left_out(model: nn.Module, cfg: LoraConfig, sites: dict[str, Site]) -> dict[str, str]:
+def _left_out(model: nn.Module, sites: dict[str, Site]) -> dict[str, str]:
+    """What "all-linear" leaves out; heads of a task are excluded as modules to save."""
     output, skipped = output_embedding(model), {}
-    head = None
-    if output is None and cfg.task_type == "SEQ_CLS" and hasattr(model, "get_output_embeddings"):
-        names = [name for name in _TASK_HEADS["SEQ_CLS"] if name in sites]
-        head = sites[names[0]].module if names else None
     for path, site in sites.items():
         if not is_linear(site.module):
             continue
         if site.module is output:
             skipped[path] = "output embedding"
-        elif site.module is head:
-            skipped[path] = "classification head"
         elif site.obstacle and not site.taken:  # what is taken must not be left out silently
             skipped[path] = site.obstacle
     return skipped

@@ -63,6 +63,32 @@ class Tied(nn.Module):
         return self.out(x)
 
 
+class Nested(nn.Module):
+    """Layers in layers, and names that end alike."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, width)
+        self.model = nn.Module()
+        self.model.layers = nn.ModuleList(
+            nn.ModuleDict({"layers": nn.ModuleList([Block(width), Block(width)])}) for _ in range(2)
+        )
+        self.model.setup = nn.Linear(width, width)
+        self.model.upper = nn.Linear(width, width)
+        self.model.up = nn.Linear(width, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for layer in self.model.layers:
+            for block in layer["layers"]:
+                x = block(x)
+        return self.model.up(self.model.upper(self.model.setup(x)))
+
+
+def nested() -> nn.Module:
+    return Nested().to(DEVICE).eval()
+
+
 def llama(tied: bool = False, layers: int = 2, **settings) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 

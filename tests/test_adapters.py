@@ -132,6 +132,10 @@ def test_loading_over_an_adapter(base, saved):
     load_adapter(model, saved)
     assert torch.equal(logits(model), logits(load_adapter(clone(base), saved)))
     assert model.layers[0]["mlp"].up.lora_dropout == {"default": 0.5}
+    rslora = add_lora(clone(base), random_lora(**settings_of_plain(), use_rslora=True))
+    out = logits(rslora)
+    load_adapter(rslora, save_adapter(rslora, saved / "rslora"))
+    assert torch.equal(logits(rslora), out)
     others = [
         {"r": 2},
         {"lora_alpha": 3},

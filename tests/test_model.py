@@ -199,6 +199,8 @@ def test_merge_computes_what_the_adapter_does(kind, quantize):
         assert after[path].blocksize == 32
         assert not after[path].nf4.nested
         assert torch.equal(after[path].qweight, quantize_nf4(weight, 32, False).qweight)
+    merge_lora(add_lora(model, LoraConfig(r=2)))
+    assert {n: type(m) for n, m in model.named_modules()} == types
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -249,7 +251,10 @@ def test_merge_into_tied_embeddings_survives_transformers(tmp_path):
     adapted = logits(model)
     merge_lora(model)
     close(logits(model), adapted)
+    model.tie_weights()  # transformers does this on many occasions
+    close(logits(model), adapted)
     assert torch.equal(model.model.embed_tokens.weight, embedding)
+    assert not model.config.tie_word_embeddings
     model.save_pretrained(tmp_path)
     close(logits(type(model).from_pretrained(tmp_path).to(DEVICE)), adapted)
 
@@ -349,9 +354,11 @@ def test_copies_and_pickles_carry_their_adapters():
     assert torch.equal(logits(other), out)
 
 
+@pytest.mark.parametrize("main_input", ["input_ids", "pixel_values"])
 @pytest.mark.parametrize("reentrant_after", [False, True])
-def test_checkpointing_leaves_no_layer_without_gradient(reentrant_after):
+def test_checkpointing_leaves_no_layer_without_gradient(reentrant_after, main_input):
     model = quantize_model(llama())
+    model.main_input_name = main_input  # transformers treats them in two ways
     add_lora(model, LoraConfig(r=4, init_lora_weights=False))
     grads = []
     for checkpointing in (False, True):
@@ -359,7 +366,7 @@ def test_checkpointing_leaves_no_layer_without_gradient(reentrant_after):
         if checkpointing:
             assert model.is_activation_checkpointing
             if reentrant_after:  # what transformers' Trainer may do by its own settings
-                model.activation_checkpointing_enable({"use_reentrant": True})
+                model._activation_checkpointing_enable({"use_reentrant": True})
         model.train()(tokens(), labels=tokens()).loss.backward()
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained.values())

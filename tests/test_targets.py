@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from model_helpers import MODELS, Plain, Tied, bert, gpt2, llama, plain
+from model_helpers import MODELS, Plain, Tied, bert, gpt2, llama, nested, plain
 from torch import nn
 
 from fastlora.config import LoraConfig
@@ -96,6 +96,11 @@ CASES = [  # model, settings
         {"target_modules": ["up"], "layers_to_transform": [0, 2], "layers_pattern": "layers"},
     ),
     ("plain", {"target_modules": ["up"], "layers_to_transform": [1], "layers_pattern": "experts"}),
+    ("nested", {"target_modules": ["up"], "layers_to_transform": [1]}),
+    ("nested", {"target_modules": ["up"], "layers_to_transform": [1], "layers_pattern": "layers"}),
+    ("nested", {"target_modules": ["up"]}),
+    ("nested", {"target_modules": ["up", "upper"], "rank_pattern": {"up": 2}}),
+    ("nested", {"target_modules": "all-linear", "exclude_modules": ["up"]}),
 ]
 
 
@@ -116,9 +121,10 @@ def peft_layers(model, settings):
 
 @pytest.mark.parametrize(("kind", "settings"), CASES)
 def test_targets_as_in_peft(kind, settings):
+    build = MODELS.get(kind, nested)
     cfg = with_task_heads(LoraConfig(r=4, lora_alpha=6, **settings))
-    plan = make_plan(MODELS[kind](), cfg)
-    layers, saved = peft_layers(MODELS[kind](), settings)
+    plan = make_plan(build(), cfg)
+    layers, saved = peft_layers(build(), settings)
     assert plan.layers == layers
     assert {*plan.saved} == saved
 
