@@ -1,0 +1,1 @@
+"""Microbenchmarks: one registry entry per op, installed as `fastlora.benchmarks`."""

@@ -1,0 +1,123 @@
+"""What is left of a run: a table per case to read, one JSON file to keep."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from fastlora.benchmarks.run import Case, Options, Result
+
+SCHEMA = 1
+
+
+def table(case: Case) -> RenderableType:
+    """One case as a table of at most 80 columns, the providers that were not timed below it.
+
+    Args:
+        case: to show.
+
+    Returns:
+        Something for `rich.print`.
+    """
+    sizes = " ".join(f"{name}={size}" for name, size in case.sizes.items())
+    grid = Table(
+        title=" ".join((case.op, case.mode, case.dtype, case.shape, f"({sizes})")),
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        pad_edge=False,
+    )
+    timed = [result for result in case.results if result.status == "ok"]
+    units = [*timed[0].rates] if timed else []
+    grid.add_column("provider", no_wrap=True)
+    for head in ("ms", "IQR", f"x {case.baseline}", "IQR", *units):
+        grid.add_column(head, justify="right", no_wrap=True)
+    for result in timed:
+        grid.add_row(*_row(result))
+    notes = [
+        Text(f"{result.label}: {result.status}, {result.note}", style="yellow")
+        for result in case.results
+        if result.status != "ok"
+    ]
+    return Group(grid, *notes, "")
+
+
+def header(facts: Mapping[str, Any]) -> str:
+    """The machine and the versions in two lines.
+
+    Args:
+        facts: see `facts.machine_facts`.
+
+    Returns:
+        Text for `rich.print`.
+    """
+    cpu, gpu = facts["cpu"], facts["gpu"]
+    machine = f"{cpu['model']}, {cpu['threads']} threads, {cpu['torch_isa']}"
+    if gpu is not None:
+        machine = f"{gpu['name']}, driver {gpu['driver']}, {machine}"
+    packages = ", ".join(
+        f"{name} {version}" for name, version in facts["packages"].items() if version
+    )
+    return f"{machine}\n{packages}\n"
+
+
+def _row(result: Result) -> list[str]:
+    ms, ratio = result.ms, ["", ""]
+    if result.ratio is not None:
+        ratio = [
+            _number(result.ratio.median),
+            f"{_number(result.ratio.q1)}-{_number(result.ratio.q3)}",
+        ]
+    spread = f"{100 * (ms.q3 - ms.q1) / ms.median:.0f}%"
+    return [result.label, _number(ms.median), spread, *ratio, *map(_number, result.rates.values())]
+
+
+def _number(value: float) -> str:
+    """Three digits that count: 0.0123, 1.23, 12.3, 123, 1230."""
+    digits = max(0, 2 - math.floor(math.log10(value))) if value > 0 else 0
+    return f"{value:.{digits}f}"
+
+
+def write_json(path: Path, facts: Mapping[str, Any], options: Options, cases: list[Case]) -> None:
+    """Write a run as JSON; a reader finds the old file or the whole new one, never a part.
+
+    Args:
+        path: in a folder that exists.
+        facts: of the machine, see `facts.machine_facts`.
+        options: what was asked for.
+        cases: what was measured.
+    """
+    content = {
+        "schema": SCHEMA,
+        "facts": facts,
+        "options": asdict(options),
+        "cases": [asdict(case) for case in cases],
+    }
+    text = json.dumps(_without_nan(content), indent=1, allow_nan=False) + "\n"
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _without_nan(value: Any) -> Any:
+    """NaN and infinity as text, which JSON has no numbers for."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return value
