@@ -123,7 +123,6 @@ def install(root: nn.Module, cfg: LoraConfig, plan: targets.Plan, name: str) -> 
     if not state.configs:
         state.trainable = [n for n, p in root.named_parameters() if p.requires_grad]
         root.requires_grad_(False)
-    transposed = False
     for path, (r, alpha) in plan.layers.items():
         settings = r, alpha, cfg.lora_dropout, cfg.use_rslora
         layer, init = layers[path], cfg.init_lora_weights
@@ -132,19 +131,18 @@ def install(root: nn.Module, cfg: LoraConfig, plan: targets.Plan, name: str) -> 
         else:
             new = LoraLinear(bases[path], *settings, init_lora_weights=init, adapter_name=name)
             _replace(slots, layer, new)
-        transposed |= _is_transposed(bases[path])
     for path in plan.saved:
         module = root.get_submodule(path)
         if isinstance(module, SavedModule):
             module.add_adapter(name)
         else:
             _replace(slots, module, SavedModule(module, name))
-    state.configs[name] = _complete(root, cfg, plan, transposed)
+    state.configs[name] = _complete(root, cfg, plan)
     state.unadapted |= plan.skipped
     set_adapter(root, state.active or name)
     if cfg.inference_mode and state.active == name:
-        for parameter in root.parameters():
-            parameter.requires_grad_(False)
+        for _, layer in adapted(root):
+            layer.requires_grad_(False)
 
 
 def set_adapter(model: nn.Module, adapter_name: str) -> None:
@@ -363,8 +361,9 @@ def _forget_adapters(root: nn.Module) -> None:
     state.configs, state.active, state.trainable, state.unadapted = {}, None, [], {}
 
 
-def _complete(root: nn.Module, cfg: LoraConfig, plan: targets.Plan, transposed: bool) -> LoraConfig:
+def _complete(root: nn.Module, cfg: LoraConfig, plan: targets.Plan) -> LoraConfig:
     """The config as it is saved: explicit names, and what PEFT would fill in."""
+    bases = [original_of(root.get_submodule(path)) for path in plan.layers]
     names = cfg.target_modules
     if targets.is_all_linear(cfg):
         names = targets.minimal_names(plan.layers, root)
@@ -372,7 +371,7 @@ def _complete(root: nn.Module, cfg: LoraConfig, plan: targets.Plan, transposed: 
     return replace(
         cfg,
         target_modules=names,
-        fan_in_fan_out=transposed,
+        fan_in_fan_out=any(_is_transposed(base) for base in bases),
         base_model_name_or_path=origin,
     )
 
@@ -416,7 +415,8 @@ def _merged(path: str, layer: LoraLinear, name: str, quantize: bool) -> nn.Modul
     if not (quantize and isinstance(base, Linear4bit)):
         dtype = base.compute_dtype if isinstance(base, Linear4bit) else base.weight.dtype
         weight = weight.to(dtype)
-        if not weight.isfinite().all():
+        # one pass, where isfinite() takes several; NaN comes through
+        if not torch.stack(weight.aminmax()).isfinite().all():
             raise ValueError(f"the merged weight of {path} must fit in {dtype}, got Inf or NaN")
         return _dense(base, weight)
     q = quantize_nf4(weight, base.blocksize, double_quant=base.nf4.nested)

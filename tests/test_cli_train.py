@@ -11,7 +11,8 @@ from cli_helpers import invoke, one_line, save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fastlora
-from fastlora.cli import progress, training
+from fastlora.cli import generation, models, progress, training
+from fastlora.cli.settings import TrainSettings
 
 STEPS = 60
 OPTIONS = ("--lr", "1e-2", "--batch-size", "4", "--rank", "8", "--warmup", "0")
@@ -88,6 +89,18 @@ def test_adapter_loads_and_answers(trained, model):
     base = invoke("generate", model, "--prompt", "one", "--max-new-tokens", "8")
     assert base.exit_code == 0
     assert base.stdout != PAIRS["one"] + "\n"
+
+
+def test_batched_answers_are_those_of_one_at_a_time(trained, model):
+    """Prompts of different lengths are padded on the left; answers end with their line."""
+    output, _ = trained
+    base = models.load(model, TrainSettings(dtype="fp32"))
+    fastlora.load_adapter(base.model, output)
+    for size in (1, 3):
+        lines = generation.complete_lines(base, [*PAIRS], r"{prompt}\n", 16, size)
+        assert lines == [*PAIRS.values()]
+    two_lines = generation.complete_lines(base, ["one"], "{prompt}", 16, 1)
+    assert "\n" not in two_lines[0]
 
 
 def test_loss_is_that_of_the_completions(trained, model):
@@ -204,7 +217,7 @@ def test_bad_models(data, tmp_path):
         (folder / "config.json").write_text(config)
         assert message in refused(folder, data, *out)
     (tmp_path / "x.gguf").write_bytes(b"GGUF nonsense")
-    refused(tmp_path / "x.gguf", data, *out)
+    assert "x.gguf cannot be loaded: " in refused(tmp_path / "x.gguf", data, *out)
 
 
 def test_model_without_all_weights(data, tmp_path):

@@ -331,6 +331,18 @@ def test_names_are_checked():
     assert [*state_of(model).configs] == ["default"]
 
 
+def test_configs_are_completed_as_they_are_saved():
+    model = quantize_model(gpt2())
+    for name in ("first", "second"):
+        add_lora(model, LoraConfig(base_model_name_or_path="there"), name)
+        config = state_of(model).configs[name]
+        assert config.target_modules == ["c_attn", "c_fc", "c_proj"]
+        assert config.fan_in_fan_out
+        assert config.base_model_name_or_path == "there"
+    add_lora(model := plain(), LoraConfig(fan_in_fan_out=True))
+    assert not state_of(model).configs["default"].fan_in_fan_out
+
+
 def test_inference_mode_adds_without_gradient():
     model = add_lora(plain(), LoraConfig(inference_mode=True))
     assert not any(p.requires_grad for p in model.parameters())
@@ -364,9 +376,10 @@ def test_checkpointing_leaves_no_layer_without_gradient(reentrant_after, main_in
     for checkpointing in (False, True):
         assert prepare_for_training(model, gradient_checkpointing=checkpointing) is model
         if checkpointing:
-            assert model.is_activation_checkpointing
+            assert all(layer.gradient_checkpointing for layer in model.model.layers)
             if reentrant_after:  # what transformers' Trainer may do by its own settings
-                model._activation_checkpointing_enable({"use_reentrant": True})
+                new = getattr(model, "activation_checkpointing_enable", None)
+                (new or model.gradient_checkpointing_enable)({"use_reentrant": True})
         model.train()(tokens(), labels=tokens()).loss.backward()
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained.values())

@@ -25,12 +25,23 @@ def error_line(message: str) -> None:
 
 
 @contextmanager
-def reported(*kinds: type[Exception]) -> Iterator[None]:
-    """Turn errors of these kinds, raised by what lies below the command line, into a UserError."""
+def reported(*kinds: type[Exception], about: str = "") -> Iterator[None]:
+    """Turn errors of these kinds, raised below the command line, into a UserError.
+
+    Args:
+        *kinds: what may happen here through a mistake of the user.
+        about: what the message begins with, where the error itself does not name the culprit.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        UserError: one of them happened.
+    """
     try:
         yield
     except kinds as error:
-        raise UserError(str(error) or type(error).__name__) from error
+        raise UserError(about + (str(error) or type(error).__name__)) from error
 
 
 def require(*modules: str) -> None:
