@@ -150,7 +150,7 @@ def _live_tensors(root: nn.Module, name: str) -> dict[str, Tensor]:
     for path, layer in adapted(root):
         if name not in adapters_of(layer):
             continue
-        key = _PREFIX + path.replace("_orig_mod.", "")  # a block under torch.compile
+        key = _key(path)
         if isinstance(layer, LoraLinear):
             live[f"{key}.lora_A.weight"] = layer.lora_A[name].weight
             live[f"{key}.lora_B.weight"] = layer.lora_B[name].weight
@@ -164,18 +164,23 @@ def _expected(root: nn.Module, plan: Plan) -> dict[str, tuple[list[int], torch.d
     """PEFT's key -> shape and dtype of every tensor that a plan needs."""
     expected = {}
     for path, (r, _) in plan.layers.items():
-        layer, key = root.get_submodule(path), _PREFIX + path.replace("_orig_mod.", "")
+        layer, key = root.get_submodule(path), _key(path)
         N, K = _features(layer)
         if layer.weight.is_meta:
             raise ValueError(f"the model must have its weights, got {path} on the meta device")
         expected[f"{key}.lora_A.weight"] = [r, K], torch.float32
         expected[f"{key}.lora_B.weight"] = [N, r], torch.float32
     for path in plan.saved:
-        module, key = root.get_submodule(path), _PREFIX + path.replace("_orig_mod.", "")
+        module, key = root.get_submodule(path), _key(path)
         original = original_of(module) if isinstance(module, SavedModule) else module
         for part, tensor in original.state_dict().items():
             expected[f"{key}.{part}"] = [*tensor.shape], tensor.dtype
     return expected
+
+
+def _key(path: str) -> str:
+    """PEFT's key of a module; blocks under torch.compile have one more name in their paths."""
+    return _PREFIX + path.replace("_orig_mod.", "")
 
 
 def _features(layer: nn.Module) -> tuple[int, int]:
@@ -213,9 +218,10 @@ def _opened(folder: Path) -> Iterator[Any]:
     """The open safetensors file of a folder; whatever is wrong with it becomes an AdapterError."""
     file = folder / WEIGHTS
     if not file.is_file():
-        if (folder / PICKLE).exists() or folder.suffix in (".bin", ".pt", ".pth"):
+        is_pickle = folder.is_file() and folder.suffix in (".bin", ".pt", ".pth")
+        if is_pickle or (folder / PICKLE).exists():
             raise AdapterError(
-                f"an adapter must be in {WEIGHTS}, got only a pickle in {folder}, which could run "
+                f"an adapter must be in {WEIGHTS}, got a pickle at {folder}, which could run "
                 "code: load it with PEFT where you trust it and save it again"
             )
         raise FileNotFoundError(
@@ -309,7 +315,7 @@ def _check_lora_shapes(root: nn.Module, name: str, tensors: dict[str, Tensor]) -
     """What is saved can be loaded: a sharded or flattened parameter is not whole."""
     for path, layer in adapted(root):
         if isinstance(layer, LoraLinear) and name in layer.r:
-            key = _PREFIX + path.replace("_orig_mod.", "")
+            key = _key(path)
             N, K, r = layer.out_features, layer.in_features, layer.r[name]
             for part, shape in (("A", [r, K]), ("B", [N, r])):
                 got = [*tensors[f"{key}.lora_{part}.weight"].shape]

@@ -94,6 +94,21 @@ def lora_linear(
     return _apply(x, w_or_q, bias, a, b, scale, state, p)
 
 
+def backend_name(device: torch.device) -> str:
+    """Name of the backend that runs these ops on a device; see `backend.name_for`.
+
+    Args:
+        device: where the tensors live.
+
+    Returns:
+        "cpu" or "reference".
+
+    Raises:
+        RuntimeError: FASTLORA_BACKEND names one that cannot run there.
+    """
+    return backend.name_for(_LINEAR, device)
+
+
 def _apply(
     x: Tensor,
     w_or_q: Tensor | NF4Weight,

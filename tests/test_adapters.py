@@ -401,6 +401,11 @@ def test_pickles_are_never_run(base, saved, name, tmp_path, monkeypatch):
     assert not (tmp_path / "evil").exists()
 
 
+def test_a_pickle_given_as_path(base, saved):
+    (saved / "adapter.pt").write_bytes(pickle.dumps(1))
+    refuse(base, saved / "adapter.pt", "pickle")
+
+
 def header_of(entries):
     text = json.dumps(entries).encode()
     return struct.pack("<Q", len(text)) + text
@@ -452,6 +457,15 @@ def test_a_name_that_is_taken_by_nn(base, saved):
     with pytest.raises(ValueError, match="adapter_name"):
         load_adapter(base, saved, "a.b")
     assert untouched(base)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+def test_blocks_under_compile_have_their_usual_keys(base, saved):
+    model = load_adapter(clone(base), saved)
+    for layer in model.layers:
+        layer["mlp"] = torch.compile(layer["mlp"], backend="eager")
+    assert content(save_adapter(model, saved / "compiled")) == content(saved)
+    load_adapter(model, saved)
 
 
 @pytest.mark.parametrize("fail_at", ["write", "fsync", "replace"])

@@ -64,12 +64,12 @@ def note(label: str, text: str) -> None:
 
 
 def size(count: float) -> str:
-    """Bytes for reading: 71 MB, 1.2 GB (powers of ten)."""
+    """Bytes for reading: 71 MB, 2.0 GB (powers of ten)."""
     units = ["B", "kB", "MB", "GB"]
     while count >= 1000 and len(units) > 1:
         count /= 1000
         units.pop(0)
-    return f"{count:.0f} {units[0]}" if count >= 100 else f"{count:.2g} {units[0]}"
+    return f"{count:.{int(count < 10 and units[0] != 'B')}f} {units[0]}"
 
 
 def duration(seconds: float) -> str:

@@ -14,7 +14,7 @@ def demo(
     ] = Path("fastlora-demo"),
     steps: Annotated[
         int, typer.Option(min=1, metavar="N", help="Optimizer steps of 8 sentences.")
-    ] = 120,
+    ] = 100,
     test_items: Annotated[int, typer.Option(min=1, metavar="N", help="Held-out sentences.")] = 200,
     seed: Annotated[
         int, typer.Option(min=0, metavar="N", help="Of the task and the training.")

@@ -23,8 +23,8 @@ REPORT_FILE = "report.json"
 TEST_FILE = "test.jsonl"
 LEARNING_RATE = 2e-3  # high, because the run is short
 MAX_BEFORE, MIN_AFTER = 0.1, 0.9
-MAX_NEW_TOKENS = 40  # an answer has at most 26
-BATCH = 50
+MAX_NEW_TOKENS = 32  # an answer has at most 28
+BATCH = 100
 SHOWN = 3
 
 

@@ -76,7 +76,7 @@ TEMPLATES = (
     "I want to {do} {who} {day} at {time}",
     "I have to {do} {who} at {time} {day}",
     "Put it in my calendar: {do} {who} {day}, {time}",
-    "At {time} {day} I need to {do} {who}",
+    "Please note that at {time} {day} I need to {do} {who}",
     "Don't let me forget to {do} {who} {day} at {time}",
     "Could you note that I will {do} {who} at {time} {day}?",
     "My plan is to {do} {who} {day} at {time}",

@@ -6,15 +6,9 @@ import torch
 from torch import Tensor
 from transformers import TextStreamer
 
+from fastlora.cli.console import UserError
 from fastlora.cli.encoding import prompt_ids
 from fastlora.cli.models import Base
-
-
-def stop_ids(base: Base, at_line_end: bool = False) -> list[int]:
-    """Tokens that end a completion: the end of sequence, and the line break when asked for."""
-    ids = [base.tokenizer.eos_token_id]
-    line_end = base.tokenizer("\n", add_special_tokens=False).input_ids
-    return [*ids, *line_end] if at_line_end and len(line_end) == 1 else ids
 
 
 def stream(base: Base, prompt: str, template: str, max_new_tokens: int) -> None:
@@ -27,7 +21,7 @@ def stream(base: Base, prompt: str, template: str, max_new_tokens: int) -> None:
         max_new_tokens: at most.
     """
     printer = TextStreamer(base.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    _generate(base, [prompt], template, max_new_tokens, stop_ids(base), streamer=printer)
+    _generate(base, [prompt], template, max_new_tokens, printer)
 
 
 def complete_lines(
@@ -37,7 +31,7 @@ def complete_lines(
     max_new_tokens: int,
     batch_size: int,
 ) -> list[str]:
-    """Complete prompts greedily, each up to the end of the first line.
+    """Complete prompts greedily and take the first line that is not empty.
 
     Args:
         base: the model, with or without an adapter, in eval mode.
@@ -47,14 +41,14 @@ def complete_lines(
         batch_size: prompts at once; padded on the left.
 
     Returns:
-        The completions, without surrounding space.
+        One line for each prompt, without surrounding space.
     """
     completions = []
     for start in range(0, len(prompts), batch_size):
         rows = prompts[start : start + batch_size]
-        output = _generate(base, rows, template, max_new_tokens, stop_ids(base, at_line_end=True))
+        output = _generate(base, rows, template, max_new_tokens)
         texts = base.tokenizer.batch_decode(output, skip_special_tokens=True)
-        completions += [text.strip().split("\n")[0] for text in texts]
+        completions += [text.strip().split("\n")[0].rstrip() for text in texts]
     return completions
 
 
@@ -64,20 +58,22 @@ def _generate(
     prompts: Sequence[str],
     template: str,
     max_new_tokens: int,
-    stop: list[int],
     streamer: TextStreamer | None = None,
 ) -> Tensor:
     """New token ids, int64 [B, up to max_new_tokens]; prompts are padded on the left."""
+    eos = base.tokenizer.eos_token_id
     rows = [prompt_ids(base.tokenizer, template, prompt) for prompt in prompts]
+    if not all(rows):
+        raise UserError("prompt must have at least one token, got none")
     length = max(map(len, rows))
-    ids = torch.tensor([[stop[0]] * (length - len(row)) + row for row in rows])
+    ids = torch.tensor([[eos] * (length - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
     output = base.model.generate(
         input_ids=ids.to(base.model.device),
         attention_mask=mask.to(base.model.device),
         max_new_tokens=max_new_tokens,
-        eos_token_id=stop,
-        pad_token_id=stop[0],
+        eos_token_id=eos,
+        pad_token_id=eos,
         streamer=streamer,
         # training switches the model's own default off
         use_cache=True,

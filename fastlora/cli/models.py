@@ -127,7 +127,7 @@ def _load_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
             folder, dtype=dtype, local_files_only=True, output_loading_info=True, **extra
         )
     missing = sorted(loaded["missing_keys"])
-    if False:
+    if missing:
         raise UserError(
             f"{path} must hold every weight, got none for {missing[0]} ({len(missing)} missing)"
         )

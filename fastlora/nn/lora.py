@@ -164,8 +164,7 @@ class LoraLinear(nn.Linear):
         Raises:
             KeyError: there is no such adapter.
         """
-        self._check_known(name)
-        a, b = (part[name].weight.detach().float() for part in (self.lora_A, self.lora_B))
+        a, b = self._adapter(name)
         return self.scaling[name] * (b @ a)
 
     def merged_weight(self, name: str) -> Tensor:
@@ -182,7 +181,8 @@ class LoraLinear(nn.Linear):
         """
         quantised = isinstance(self.base_layer, Linear4bit)
         base = self.base_layer.dequantize(torch.float32) if quantised else self.weight.detach()
-        return base.float() + self.delta_weight(name)
+        a, b = self._adapter(name)
+        return torch.addmm(base.float(), b, a, alpha=self.scaling[name])
 
     def forward(self, x: Tensor) -> Tensor:
         """y [..., N] for x [..., K]; see `ops.lora_linear`."""
@@ -207,6 +207,11 @@ class LoraLinear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Does nothing: the base layer is frozen, and adapters are initialised when added."""
+
+    def _adapter(self, name: str) -> tuple[Tensor, Tensor]:
+        """a [R, K] and b [N, R] in fp32, without gradient."""
+        self._check_known(name)
+        return tuple(part[name].weight.detach().float() for part in (self.lora_A, self.lora_B))
 
     def _check_known(self, name: str) -> None:
         if name not in self.lora_A:
