@@ -1,8 +1,9 @@
 # Needs Python >= 3.10, make and a C++ compiler; everything else goes into $(VENV).
 PYTHON ?= python3
 VENV ?= .venv
+GPU := $(shell command -v nvidia-smi || command -v rocm-smi)
 # without a GPU a fixed version, so that no newer one pulls gigabytes of CUDA in
-TORCH ?= $(if $(shell command -v nvidia-smi || command -v rocm-smi),torch,torch==2.13.0)
+TORCH ?= $(if $(GPU),torch,torch==2.13.0)
 PYTEST_ARGS ?=
 
 PY := $(VENV)/bin/python
@@ -72,7 +73,7 @@ format: $(STAMP)-all
 	$(VENV)/bin/clang-format -i $(wildcard csrc/*.cpp csrc/*.h)
 
 bench: $(STAMP)-all
-	$(VENV)/bin/fastlora bench all --device $(if $(shell command -v nvidia-smi || command -v rocm-smi),cuda,cpu)
+	$(VENV)/bin/fastlora bench all --device $(if $(GPU),cuda,cpu)
 
 clean:
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .benchmarks build dist *.egg-info fastlora/_native*.so

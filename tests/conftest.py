@@ -9,12 +9,14 @@ ROOT = Path(__file__).resolve().parent.parent
 # kernels/ in the root would shadow the package `kernels` of others, fastlora/ the installed one
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
 
-# read at import by transformers, matplotlib, tokenizers and cuBLAS
+# read at import by transformers, matplotlib, tokenizers, cuBLAS and libgomp
 os.environ.update(
     CUBLAS_WORKSPACE_CONFIG=":4096:8",
     HF_HUB_DISABLE_TELEMETRY="1",
     HF_HUB_OFFLINE="1",
     MPLBACKEND="Agg",
+    # threads that spin at barriers make small ops a hundred times slower on a busy machine
+    OMP_WAIT_POLICY="PASSIVE",
     TOKENIZERS_PARALLELISM="false",
     TRANSFORMERS_OFFLINE="1",
 )

@@ -97,6 +97,11 @@ def test_doctor_passes_here_and_fails_on_a_wrong_kernel(monkeypatch):
     bad = invoke("doctor")
     assert bad.exit_code == 1
     assert "fail: decoded weights differ" in bad.stdout
+    monkeypatch.undo()
+    monkeypatch.setenv("FASTLORA_BACKEND", "wat")
+    forced = invoke("doctor")
+    assert forced.exit_code == 1
+    assert "fail: FASTLORA_BACKEND=wat cannot run" in forced.stdout
 
 
 # --- data ------------------------------------------------------------------------------------

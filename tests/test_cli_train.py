@@ -258,6 +258,12 @@ def test_bad_data_and_settings(model, data, tmp_path):
         assert "fp16 must run on a GPU" in refused(model, data, *out, "--dtype", "fp16")
 
 
+def test_a_backend_that_does_not_run_is_named(model, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTLORA_BACKEND", "wat")
+    message = refused(model, data, "-o", tmp_path / "out")
+    assert "FASTLORA_BACKEND=wat cannot run this op" in message
+
+
 def test_several_processes_are_refused(model, data, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "got WORLD_SIZE=2" in refused(model, data, "-o", tmp_path / "out")

@@ -26,12 +26,11 @@ TOLERANCE = 1e-4  # of the largest element, fp32; the suite of the repository is
 
 def facts() -> dict[str, str]:
     """What is here, by name; an empty string for a package that is not."""
-    kernels = native.isa() if native.available() else native.unavailable_reason()
     return {
         "fastlora": _version("fastlora-engine"),
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "torch": torch.__version__,
-        "C++ kernels": kernels,
+        "C++ kernels": _kernels(),
         **{str(device): _describe(device) for device in _devices()},
         **{name: _version(name) for name in PACKAGES},
     }
@@ -50,6 +49,13 @@ def problems() -> dict[str, str]:
                 problem = str(error)
             found[f"{name}, {device}"] = problem
     return found
+
+
+def _kernels() -> str:
+    try:
+        return native.isa() if native.available() else native.unavailable_reason()
+    except RuntimeError as error:  # FASTLORA_CPU_ISA names what does not run here
+        return str(error)
 
 
 def _version(package: str) -> str:

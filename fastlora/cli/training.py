@@ -166,7 +166,8 @@ def _run_trainer(base: Base, data: Dataset, settings: TrainSettings, output: Pat
         )
         # prints a dictionary per log
         trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        with reported(torch.OutOfMemoryError, about="the GPU must have enough memory: "):
+            trainer.train()
     return log.records
 
 
