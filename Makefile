@@ -64,7 +64,7 @@ test-slow: model
 lint: $(STAMP)-all
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m pydoclint fastlora kernels benchmarks
+	$(VENV)/bin/pydoclint fastlora kernels benchmarks
 	$(VENV)/bin/clang-format --dry-run -Werror $(wildcard csrc/*.cpp csrc/*.h)
 
 format: $(STAMP)-all
