@@ -24,21 +24,21 @@ def name_for(names: Mapping[str, object], device: torch.device) -> str:
         device: where the op's tensors live.
 
     Returns:
-        The one FASTLORA_BACKEND names, else the first of `NAMES` that is there and runs.
+        The one FASTLORA_BACKEND names, if set, else the first of `NAMES` that is there and runs.
 
     Raises:
         RuntimeError: FASTLORA_BACKEND names a backend that is unknown, missing or cannot run here.
     """
     able = [name for name in NAMES if name in names and _runs_on(name, device)]
     forced = os.environ.get("FASTLORA_BACKEND")
-    if forced is None:
+    if not forced:
         if device.type == "cpu" and "cpu" in names and not native.available():
             _warn_once(native.unavailable_reason())
         return able[0]
     if forced not in able:
         raise RuntimeError(
             f"FASTLORA_BACKEND={forced} cannot run this op on {device.type}"
-            f"{_why_not(forced, device)}, use one of {able}"
+            f"{_why_not(forced, names, device)}, use one of {able}"
         )
     return forced
 
@@ -56,7 +56,9 @@ def _runs_on(name: str, device: torch.device) -> bool:
     return True
 
 
-def _why_not(name: str, device: torch.device) -> str:
+def _why_not(name: str, names: Mapping[str, object], device: torch.device) -> str:
+    if name not in names:
+        return " (there is no such implementation)"
     if name == "cpu" and device.type == "cpu" and not native.available():
         return f" ({native.unavailable_reason()})"
     if name == "triton" and not _runs_on(name, device):

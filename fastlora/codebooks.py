@@ -71,10 +71,11 @@ def dynamic_map(device: torch.device | str = "cpu") -> Tensor:
     """
     positive = []
     for bits in range(7):
-        edges = torch.linspace(0.1, 1, 2**bits + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2**bits + 1, dtype=torch.float32, device="cpu")
         positive.append(10.0 ** (bits - 6) * ((edges[:-1] + edges[1:]) / 2))
     magnitudes = torch.cat(positive)
-    codes = torch.cat([magnitudes, -magnitudes, torch.tensor([0.0, 1.0])])
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float32, device="cpu")
+    codes = torch.cat([magnitudes, -magnitudes, ends])
     return codes.sort().values.to(device)
 
 
@@ -86,5 +87,5 @@ def dynamic_lut(device: torch.device | str = "cpu") -> Tensor:
     """
     codes = dynamic_map().double()
     midpoints = (codes[:-1] + codes[1:]) / 2
-    grid = torch.arange(65536, dtype=torch.float64) / 32767.5 - 1
+    grid = torch.arange(65536, dtype=torch.float64, device="cpu") / 32767.5 - 1
     return torch.bucketize(grid, midpoints).to(torch.uint8).to(device)

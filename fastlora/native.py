@@ -154,8 +154,8 @@ def quantize_blocks(w: Tensor, blocksize: int) -> tuple[Tensor, Tensor, int]:
     """Codes, block scales and NaN+Inf count of w: uint8 [ceil(n/2)], fp32 [blocks], int."""
     w = w.contiguous()
     n = w.numel()
-    packed = torch.empty((n + 1) // 2, dtype=torch.uint8)
-    absmax = torch.empty(-(-n // blocksize), dtype=torch.float32)
+    packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device="cpu")
+    absmax = torch.empty(-(-n // blocksize), dtype=torch.float32, device="cpu")
     nonfinite = _library().fastlora_quantize_blocks(
         w.data_ptr(),
         _DTYPES[w.dtype],
@@ -174,8 +174,8 @@ def quantize_stats(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     absmax = absmax.contiguous()
     blocks = absmax.numel()
     offset = absmax.mean()  # by torch, so that the order of summation is bitsandbytes'
-    codes = torch.empty(blocks, dtype=torch.uint8)
-    absmax2 = torch.empty(-(-blocks // STATS_GROUP), dtype=torch.float32)
+    codes = torch.empty(blocks, dtype=torch.uint8, device="cpu")
+    absmax2 = torch.empty(-(-blocks // STATS_GROUP), dtype=torch.float32, device="cpu")
     _library().fastlora_quantize_stats(
         absmax.data_ptr(),
         blocks,
@@ -201,7 +201,7 @@ def dequantize_blocks(
     """Weights of packed codes, [numel]: three fp32 roundings and the cast, never a fused one."""
     packed, absmax = packed.contiguous(), absmax.contiguous()
     nested = absmax.dtype == torch.uint8
-    out = torch.empty(numel, dtype=dtype)
+    out = torch.empty(numel, dtype=dtype, device="cpu")
     _library().fastlora_dequantize_blocks(
         packed.data_ptr(),
         None if nested else absmax.data_ptr(),
@@ -233,7 +233,7 @@ def dropout(x: Tensor, state: Tensor | None, p: float) -> Tensor:
     if x.stride(1) != 1:
         x = x.contiguous()
     M, K = x.shape
-    out = torch.empty(M, K, dtype=x.dtype)
+    out = torch.empty(M, K, dtype=x.dtype, device="cpu")
     _library().fastlora_dropout(
         x.data_ptr(),
         _DTYPES[x.dtype],

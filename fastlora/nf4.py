@@ -188,11 +188,11 @@ class NF4Weight:
 
         Raises:
             KeyError: a tensor of the weight is missing; the message names it.
-            ValueError: FP4, or parts that do not fit together.
+            ValueError: FP4, damaged metadata, or parts that do not fit together.
         """
         if f"{key}.quant_state.bitsandbytes__fp4" in state_dict:
             raise ValueError(f"{key} must be NF4, got FP4, which is not supported")
-        meta = json.loads(bytes(_get(state_dict, f"{key}.{_META}").tolist()))
+        meta = _read_meta(state_dict, f"{key}.{_META}")
         _check_code(meta["quant_type"], _get(state_dict, f"{key}.quant_map"))
         shape, nested = _check_shape(meta["shape"]), {}
         absmax = _get(state_dict, f"{key}.absmax")
@@ -209,7 +209,7 @@ class NF4Weight:
             absmax=absmax,
             shape=shape,
             blocksize=meta["blocksize"],
-            dtype=getattr(torch, meta["dtype"]),
+            dtype=_BY_NAME[meta["dtype"]],
             **nested,
         )
 
@@ -241,13 +241,16 @@ class NF4Weight:
             }
             tensors[f"{key}.nested_absmax"] = self.absmax2
             tensors[f"{key}.nested_quant_map"] = self.code2
-        tensors[f"{key}.{_META}"] = torch.tensor(list(json.dumps(meta).encode()), dtype=torch.uint8)
+        text = list(json.dumps(meta).encode())
+        tensors[f"{key}.{_META}"] = torch.tensor(text, dtype=torch.uint8, device="cpu")
         return tensors
 
 
 _META = "quant_state.bitsandbytes__nf4"  # JSON as uint8
+_BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 
 
+@torch.compiler.disable
 def quantize_nf4(w: Tensor, blocksize: int = 64, double_quant: bool = True) -> NF4Weight:
     """Quantise a weight to NF4: 4.5 bits per weight, 4.127 with double quantisation (blocks of 64).
 
@@ -281,6 +284,7 @@ def quantize_nf4(w: Tensor, blocksize: int = 64, double_quant: bool = True) -> N
     return NF4Weight(_as_matrix(packed, shape), absmax, shape, blocksize, w.dtype, **nested)
 
 
+@torch.compiler.disable
 def dequantize_nf4(q: NF4Weight, dtype: torch.dtype | None = None) -> Tensor:
     """Decode a weight, bit for bit as bitsandbytes' CUDA kernels do.
 
@@ -328,10 +332,28 @@ def _check_code(quant_type: str, code: Tensor) -> None:
         raise ValueError(f"the weight must be NF4 with its standard code table, got {quant_type}")
 
 
+def _read_meta(state_dict: Mapping[str, Tensor], key: str) -> dict[str, Any]:
+    """The JSON facts of a checkpoint's weight, with every field of the type it must have."""
+    text = bytes(_get(state_dict, key).tolist())
+    try:
+        meta = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{key} must hold JSON, got {text[:40]!r}") from error
+    wanted: dict[str, type] = {"quant_type": str, "blocksize": int, "dtype": str, "shape": list}
+    if isinstance(meta, dict) and "nested_offset" in meta:
+        wanted |= {"nested_blocksize": int, "nested_offset": float}
+    for name, kind in wanted.items():
+        got = meta.get(name) if isinstance(meta, dict) else None
+        if not isinstance(got, kind) or (name == "dtype" and got not in _BY_NAME):
+            allowed = f"one of {[*_BY_NAME]}" if name == "dtype" else kind.__name__
+            raise ValueError(f"{name} in {key} must be {allowed}, got {got!r}")
+    return meta
+
+
 def _check_shape(shape: Any) -> tuple[int, int]:
-    if len(shape) != 2:
-        raise ValueError(f"the weight must be [N, K], got {[*shape]}")
-    return int(shape[0]), int(shape[1])
+    if len(shape) != 2 or not all(isinstance(n, int) and n > 0 for n in shape):
+        raise ValueError(f"the weight must be [N, K] with positive sizes, got {[*shape]}")
+    return shape[0], shape[1]
 
 
 def _check_stats_group(blocksize: int) -> None:

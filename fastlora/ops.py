@@ -109,6 +109,7 @@ def backend_name(device: torch.device) -> str:
     return backend.name_for(_LINEAR, device)
 
 
+@torch.compiler.disable  # traced into, the C++ calls would give garbage
 def _apply(
     x: Tensor,
     w_or_q: Tensor | NF4Weight,

@@ -2,12 +2,16 @@
 
 import os
 import random
+import signal
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 # kernels/ in the root would shadow the package `kernels` of others, fastlora/ the installed one
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
+
+# a job in the background inherits an ignored SIGINT, and tests interrupt themselves
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # read at import by transformers, matplotlib, tokenizers, cuBLAS and libgomp
 os.environ.update(

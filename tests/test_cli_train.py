@@ -300,15 +300,6 @@ def test_loss_that_is_not_finite_stops_the_run(model, data, tmp_path, monkeypatc
     assert not (tmp_path / "adapter_model.safetensors").exists()
 
 
-@pytest.fixture
-def interruptible():
-    """A suite started in the background of a shell ignores SIGINT."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("interruptible")
 def test_interrupt_ends_with_130_and_one_line(model, data, tmp_path, monkeypatch):
     right = progress.RunLog.on_log
 

@@ -245,10 +245,43 @@ def test_checkpoints_that_are_refused():
         ({"shape": [5, 64]}, "qweight must hold 160 bytes"),
         ({"blocksize": 32}, "absmax must have 8 elements"),
         ({"nested_blocksize": 128}, "groups of 256, got 128"),
+        (
+            {"dtype": "bogus"},
+            r"dtype in w.quant_state.bitsandbytes__nf4 must be one of \['float32'",
+        ),
+        ({"shape": None}, r"shape in w\..* must be list, got None"),
+        ({"shape": [-4, -64]}, r"positive sizes, got \[-4, -64\]"),
+        ({"shape": [4.5, 64]}, r"positive sizes, got \[4.5, 64\]"),
+        ({"nested_offset": "x"}, "nested_offset in .* must be float, got 'x'"),
     ]:
         changed = torch.tensor(list(json.dumps(meta | change).encode()), dtype=torch.uint8)
         with pytest.raises(ValueError, match=message):
             NF4Weight.from_state_dict(sd | {meta_key: changed}, "w")
+
+
+def test_metadata_that_is_no_json_is_named():
+    sd = fastlora.quantize_nf4(torch.randn(4, 64)).state_dict("w")
+    sd["w.quant_state.bitsandbytes__nf4"] = torch.tensor([1, 2, 255], dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"w\.quant_state\.bitsandbytes__nf4 must hold JSON"):
+        NF4Weight.from_state_dict(sd, "w")
+
+
+def test_default_device_and_dtype_do_not_matter(backend_name):
+    """Tables are made, and cached, in their own dtype on the CPU; buffers go where the data is."""
+    w = torch.randn(8, 64)
+    expected = fastlora.quantize_nf4(w)
+    for table in (codebooks.dynamic_map, codebooks.dynamic_lut, codebooks.nf4_code):
+        table.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            got = fastlora.quantize_nf4(w)
+            decoded = fastlora.dequantize_nf4(got)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for g, e in zip(got.tensors(), expected.tensors(), strict=True):
+        assert torch.equal(g, e)
+    assert torch.equal(decoded, fastlora.dequantize_nf4(expected))
 
 
 def test_other_bitsandbytes_weights_are_refused():

@@ -333,6 +333,30 @@ def test_saved_module():
         _ = saved.no_such
 
 
+@pytest.mark.filterwarnings("ignore:.*lru_cache:UserWarning")
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("base", ["nf4", "dense"])
+def test_a_compiled_layer_computes_the_same(base, dropout):
+    layer = nn.Sequential(lora_layer(base, dropout), Linear4bit.from_linear(linear(40, 40)))
+    layer[0].base_layer.requires_grad_(False)
+    layer[1].bias.requires_grad_(False)
+    x, dy = (torch.randn(2, 5, n, device=DEVICE) for n in (96, 40))
+    compiled = torch.compile(layer, backend="aot_eager")
+    for got, expected in zip(step(compiled, x, dy), step(layer, x, dy), strict=True):
+        torch.testing.assert_close(got, expected)
+    with disabled([layer[0]]):
+        torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_fp64_is_refused_before_anything_changes():
+    layer = Linear4bit.from_linear(linear())
+    with pytest.raises(
+        TypeError, match=r"can compute in fp32, fp16 or bf16, got a cast to torch\.float64"
+    ):
+        layer.double()
+    assert layer.bias.dtype == torch.float32
+
+
 def test_training_lowers_the_loss():
     layer = lora_layer(dropout=0.05)
     layer.base_layer.requires_grad_(False)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastlora import ops
 from fastlora.codebooks import STATS_GROUP
-from fastlora.nf4 import NF4Weight, dequantize_nf4, quantize_nf4
+from fastlora.nf4 import FLOATS, NF4Weight, dequantize_nf4, quantize_nf4
 
 _BYTES = ("qweight", "absmax", "absmax2", "code2", "offset")  # order of NF4Weight.tensors()
 
@@ -169,6 +169,7 @@ class Linear4bit(nn.Linear):
         """
         return dequantize_nf4(self.nf4, dtype)
 
+    @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         """y [..., N] = x w^T + bias for x [..., K]; see `ops.nf4_linear`."""
         return ops.nf4_linear(x, self.nf4, self.bias)
@@ -210,7 +211,10 @@ class Linear4bit(nn.Linear):
                 "Linear4bit can be cast by to(dtype), half(), bfloat16() or float(), got a cast "
                 f"of its packed bytes to {byte.dtype}"
             )
-        self.compute_dtype = fn(torch.empty(1, dtype=self.compute_dtype, device=device)).dtype
+        dtype = fn(torch.empty(1, dtype=self.compute_dtype, device=device)).dtype
+        if dtype not in FLOATS:
+            raise TypeError(f"Linear4bit can compute in fp32, fp16 or bf16, got a cast to {dtype}")
+        self.compute_dtype = dtype
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:

@@ -184,6 +184,7 @@ class LoraLinear(nn.Linear):
         a, b = self._adapter(name)
         return torch.addmm(base.float(), b, a, alpha=self.scaling[name])
 
+    @torch.compiler.disable  # a graph cannot follow `disabled`; the op below is opaque anyway
     def forward(self, x: Tensor) -> Tensor:
         """y [..., N] for x [..., K]; see `ops.lora_linear`."""
         name = self.active_adapter

@@ -3,6 +3,7 @@
 import copy
 from typing import Any
 
+import torch
 from torch import nn
 
 from fastlora.nn.switch import is_disabled
@@ -79,6 +80,7 @@ class SavedModule(nn.Module):
         for adapter, module in self.modules_to_save.items():
             module.requires_grad_(adapter == name)
 
+    @torch.compiler.disable  # a graph cannot follow `disabled`
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the active copy."""
         return self.running_module(*args, **kwargs)

@@ -13,6 +13,9 @@ _DISABLED: ContextVar[frozenset[int]] = ContextVar("fastlora_disabled", default=
 def disabled(layers: Iterable[nn.Module]) -> Iterator[None]:
     """Run the base of `LoraLinear` and `SavedModule` layers; re-entrant, for this thread only.
 
+    A forward that gradient checkpointing recomputes after the block, or in a thread of autograd,
+    runs with adapters: run such a forward and its backward without checkpointing.
+
     Args:
         layers: the layers to switch off.
 
