@@ -62,8 +62,8 @@ def quantize_model(
     """
     root = unwrap(model)
     chosen, skipped = targets.quantizable(root, skip_modules)
-    if not chosen and not any(isinstance(m, Linear4bit) for m in root.modules()):
-        raise ValueError(f"the model must have linear layers to quantise, got {skipped or 'none'}")
+    if not chosen:
+        _check_quantised(root, blocksize, double_quant, skipped)
     slots = _slots(root)
     for path in list(chosen):
         layer = chosen.pop(path)  # so that its weight is freed once it is replaced
@@ -395,6 +395,22 @@ def _replace(slots: Slots, old: nn.Module, new: nn.Module) -> None:
 
 def _is_transposed(base: nn.Module) -> bool:
     return is_conv1d(base) or getattr(base, "transposed", False)
+
+
+def _check_quantised(
+    root: nn.Module, blocksize: int, double_quant: bool, skipped: dict[str, str]
+) -> None:
+    """With nothing left to quantise, what there is must be as asked for."""
+    done = [(p, m) for p, m in root.named_modules() if isinstance(m, Linear4bit)]
+    if not done:
+        raise ValueError(f"the model must have linear layers to quantise, got {skipped or 'none'}")
+    for path, layer in done:
+        got = layer.blocksize, layer.nf4.nested
+        if got != (blocksize, double_quant):
+            raise ValueError(
+                f"a quantised model must keep its blocksize and double_quant, got {got} in {path} "
+                f"and {(blocksize, double_quant)} asked for"
+            )
 
 
 def _quantize(layer: nn.Module, blocksize: int, double_quant: bool) -> Linear4bit:

@@ -122,6 +122,14 @@ def test_shared_modules_are_handled_once():
     close(logits(model), adapted)
 
 
+def test_a_quantised_model_is_not_quantised_otherwise():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 32))
+    quantize_model(model, skip_modules=())
+    quantize_model(model, skip_modules=())
+    with pytest.raises(ValueError, match=r"must keep .* got \(64, True\) in 0 and \(128, True\)"):
+        quantize_model(model, skip_modules=(), blocksize=128)
+
+
 @pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("kind", MODELS)
 def test_add_then_unload_leaves_no_trace(kind, quantized):
