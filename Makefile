@@ -47,6 +47,9 @@ $(STAMP)-hf $(STAMP)-all: $(STAMP)-%: $(STAMP)-torch $(SOURCES)
 
 install: $(STAMP)-all
 
+# threads that spin at barriers make training several times slower on a machine with other work
+demo test test-slow: export OMP_WAIT_POLICY ?= PASSIVE
+
 demo: $(if $(wildcard $(STAMP)-all),$(STAMP)-all,$(STAMP)-hf)
 	$(VENV)/bin/fastlora demo
 
