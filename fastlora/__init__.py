@@ -1,5 +1,7 @@
 """fastlora: kernel-level LoRA and QLoRA with drop-in linear layers."""
 
+from importlib.metadata import version
+
 from fastlora import nn, ops
 from fastlora.adapters import load_adapter, save_adapter
 from fastlora.config import LoraConfig
@@ -15,6 +17,8 @@ from fastlora.model import (
 )
 from fastlora.nf4 import NF4Weight, dequantize_nf4, quantize_nf4
 from fastlora.report import explain, print_trainable_parameters
+
+__version__ = version("fastlora-engine")
 
 __all__ = [
     "LoraConfig",
