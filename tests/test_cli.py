@@ -62,14 +62,18 @@ def test_commands_are_looked_up_by_name():
         (["train"], "Missing argument"),
         (["train", "m", "d", "-o", "out", "--rank", "0"], "Invalid value for '--rank'"),
         (["train", "m", "d", "-o", "out", "--lr", "-1"], "Invalid value for '--lr'"),
+        (["train", "m", "d", "-o", "out", "--seed", "4294967296"], "Invalid value for '--seed'"),
         (["train", "m", "d", "-o", "out", "--quantize", "int8"], "'int8' is not one of"),
         (["train", "m", "d", "-o", "out", "--epochs", "1", "--steps", "1"], "epochs and steps"),
         (["train", "m", "d", "-o", "out", "--epochs", "0"], "epochs must be above 0"),
         (["train", "m", "d", "-o", "out", "--template", "x"], "template must contain {prompt}"),
+        (["train", "m", "d", "-o", "out", "--blocksize", "65"], "blocksize must be one of"),
+        (["train", "m", "d", "-o", "out", "--template", "{prompt}\udcff"], "template must be text"),
+        (["generate", "m", "--prompt", "x\udcff"], "prompt must be text that UTF-8 can encode"),
         (["generate", "m"], "Missing option"),
         (["generate", "m", "--prompt", "x", "--adapter", "none"], "adapter_config.json, got none"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    ids=lambda value: ascii(" ".join(value)) if isinstance(value, list) else "",
 )
 def test_bad_option_is_one_line(words, message):
     result = invoke(*words)
@@ -137,6 +141,11 @@ GOOD = '{"prompt": "p", "completion": "c"}\n'
         ('{"prompt": null, "completion": "c"}', "line 1: prompt must be a string, got NoneType"),
         ('{"prompt": "p", "completion": ""}', "line 1: completion must not be empty"),
         ('{"text": ""}', "line 1: text must not be empty"),
+        (GOOD + '{"text": "\\ud800 x"}', "line 2: text must be text that UTF-8 can encode, got"),
+        ('{"prompt": "\\udc00", "completion": "c"}', "line 1: prompt must be text that UTF-8"),
+        ('{"prompt": "p", "completion": "c\\udfff"}', "line 1: completion must be text that UTF-8"),
+        (GOOD + "[" * 100_000, "line 2: must be JSON, got maximum recursion depth"),
+        (GOOD + '{"text": ' + "1" * 5000 + "}", "line 2: must be JSON, got Exceeds the limit"),
     ],
 )
 def test_bad_jsonl_names_the_line(tmp_path, text, message):
@@ -237,6 +246,39 @@ def test_settings_round_trip_and_override(tmp_path):
     (tmp_path / "settings.json").write_text("{")
     with pytest.raises(UserError, match=r"settings\.json must be readable JSON"):
         TrainSettings.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "must be readable JSON"),
+        ("[" * 100_000, "must be readable JSON, got maximum recursion depth"),
+        ("[]", "must hold a JSON object, got list"),
+        ('{"template": 5}', "template must be str, got 5"),
+        ('{"template": "\\ud800{prompt}"}', "template must be text that UTF-8 can encode"),
+        ('{"quantize": "int8"}', "quantize must be 'nf4' or 'none', got 'int8'"),
+        ('{"dtype": ["fp32"]}', "dtype must be 'auto' or 'fp32' or 'bf16' or 'fp16', got ['fp32']"),
+        ('{"blocksize": 64.0}', "blocksize must be int, got 64.0"),
+        ('{"blocksize": true}', "blocksize must be int, got True"),
+        ('{"blocksize": 65}', "blocksize must be one of"),
+        ('{"double_quant": 1}', "double_quant must be bool, got 1"),
+        ('{"epochs": "2"}', "epochs must be float or NoneType, got '2'"),
+        ('{"lr": null}', "lr must be float, got None"),
+    ],
+    ids=lambda text: text[:30],
+)
+def test_bad_settings_files(tmp_path, text, message):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "settings.json").write_text(text)
+    result = invoke("generate", "m", "--adapter", tmp_path, "--prompt", "x")
+    assert result.exit_code == 2
+    assert message in one_line(result)
+
+
+def test_settings_files_of_other_versions_and_hands(tmp_path):
+    text = '{"later": [1], "lr": 1, "epochs": null, "steps": 3, "dtype": "bf16"}'
+    (tmp_path / "settings.json").write_text(text)
+    assert TrainSettings.load(tmp_path) == TrainSettings(lr=1.0, steps=3, dtype="bf16")
 
 
 def test_numbers_for_reading():

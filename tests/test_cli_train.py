@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import shutil
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -193,8 +195,12 @@ def test_the_adapter_is_saved_as_trained(model, data, tmp_path):
 
 
 def refused(*words):
+    """The error line of a training, which must leave no new folder behind."""
+    output = Path(words[words.index("-o") + 1])
+    before = output.exists()
     result = invoke("train", *words)
     assert result.exit_code == 2, result.stdout
+    assert output.exists() == before
     return one_line(result)
 
 
@@ -205,7 +211,8 @@ def test_output_with_files_is_kept(model, data, tmp_path):
     assert result.exit_code == 0
     assert (tmp_path / "precious").exists()
     (tmp_path / "file").touch()
-    assert "exists" in refused(model, data, "-o", tmp_path / "file").lower()
+    for bad in ("file", "file/deep/out"):
+        assert "output must be in a folder that" in refused(model, data, "-o", tmp_path / bad)
 
 
 def test_bad_models(data, tmp_path):
@@ -216,6 +223,12 @@ def test_bad_models(data, tmp_path):
     folder.mkdir()
     for config, message in (
         ("{", "config.json must be JSON"),
+        ("[" * 100_000, "config.json must be JSON"),
+        ("[]", "config.json must be a JSON object, got list"),
+        ('{"model_type": []}', "model_type must be a causal language model, got []"),
+        ('{"model_type": "llama", "quantization_config": "x"}', "quantised already, got 'x'"),
+        ('{"model_type": "llama", "hidden_size": "x"}', f"{folder} cannot be loaded: "),
+        ('{"model_type": "llama", "num_attention_heads": 0}', f"{folder} cannot be loaded: "),
         ('{"model_type": "wat"}', "model_type must be a causal language model, got 'wat'"),
         ('{"model_type": "t5"}', "model_type must be a causal language model, got 't5'"),
         (
@@ -227,6 +240,49 @@ def test_bad_models(data, tmp_path):
         assert message in refused(folder, data, *out)
     (tmp_path / "x.gguf").write_bytes(b"GGUF nonsense")
     assert "x.gguf cannot be loaded: " in refused(tmp_path / "x.gguf", data, *out)
+
+
+@pytest.fixture
+def editable(model, tmp_path):
+    """A copy of the model whose JSON files a test may change: by values, or whole by a text."""
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+
+    def edit(name, change):
+        if isinstance(change, dict):
+            change = json.dumps(json.loads((folder / name).read_text()) | change)
+        (folder / name).write_text(change)
+        return folder
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("config.json", {"hidden_act": "wat"}, "cannot be loaded: no 'wat'"),
+        ("config.json", {"hidden_size": 32}, "cannot be loaded: "),
+        ("config.json", {"dtype": "wat"}, "cannot be loaded: "),
+        ("tokenizer.json", "{", "tokenizer.json must be JSON"),
+        ("tokenizer.json", "[]", "tokenizer.json must be a JSON object, got list"),
+        ("tokenizer.json", '{"a": 1}', "tokenizer.json must be a tokenizer, with an object model"),
+        ("tokenizer.json", '{"model": {}}', "cannot be loaded: no 'added_tokens'"),
+        ("tokenizer.json", {"added_tokens": 3}, "cannot be loaded: "),
+        ("tokenizer.json", {"model": {"type": "wat"}}, "cannot be loaded: data did not match"),
+        ("tokenizer_config.json", "[]", "cannot be loaded: "),
+        ("generation_config.json", "[]", "cannot be loaded: "),
+    ],
+)
+def test_bad_files_of_a_model(name, change, message, editable, data, tmp_path):
+    folder = editable(name, change)
+    error = refused(folder, data, "-o", tmp_path / "out")
+    assert message in error
+    assert str(folder) in error
+
+
+def test_quantization_config_null_is_none(editable):
+    folder = editable("config.json", {"quantization_config": None})
+    assert models.load(folder, TrainSettings(dtype="fp32")).path == folder
 
 
 def test_model_without_all_weights(data, tmp_path):
@@ -252,6 +308,9 @@ def test_bad_data_and_settings(model, data, tmp_path):
     assert "bad.jsonl, line 5: must be JSON" in refused(model, bad, *out)
     assert "wat_proj" in refused(model, data, *out, "--target-modules", "wat_proj")
     assert "blocksize must be one of" in refused(model, data, *out, "--blocksize", "48")
+    surrogate = tmp_path / "surrogate.jsonl"
+    surrogate.write_text('{"text": "\\ud800 x"}')
+    assert "surrogate.jsonl, line 1: text must be text" in refused(model, surrogate, *out)
     assert "lora_dropout" in refused(model, data, *out, "--dropout", "1")
     assert "max-length must leave room" in refused(model, data, *out, "--max-length", "2")
     if not torch.cuda.is_available():

@@ -41,7 +41,29 @@ def reported(*kinds: type[Exception], about: str = "") -> Iterator[None]:
     try:
         yield
     except kinds as error:
-        raise UserError(about + (str(error) or type(error).__name__)) from error
+        text = str(error) or type(error).__name__
+        # the text of a KeyError is the key alone
+        text = f"no {text}" if isinstance(error, KeyError) else text
+        raise UserError(about + text) from error
+
+
+def check_text(text: str, name: str) -> None:
+    """Check that a text can be tokenised: tokenizers take what UTF-8 can encode.
+
+    Args:
+        text: from a file or the command line.
+        name: what the message calls it.
+
+    Raises:
+        UserError: it holds half of a surrogate pair.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{name} must be text that UTF-8 can encode, "
+            f"got {text[error.start]!r} at character {error.start + 1}"
+        ) from error
 
 
 def require(*modules: str) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastlora.cli.console import UserError
+from fastlora.cli.console import UserError, check_text
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,9 @@ def _example(line: str, where: str) -> Example:
         raise UserError(
             f"{where}: must be JSON, got {error.msg} at column {error.colno}"
         ) from error
+    # digits or nesting beyond what Python reads
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: must be JSON, got {error}") from error
     if not isinstance(row, dict):
         raise UserError(f"{where}: must be a JSON object, got {type(row).__name__}")
     if "text" in row and not {"prompt", "completion"} & row.keys():
@@ -79,4 +82,5 @@ def _string(row: dict[str, Any], field: str, where: str) -> str:
         raise UserError(f"{where}: {field} must be a string, got {type(value).__name__}")
     if not value and field != "prompt":
         raise UserError(f"{where}: {field} must not be empty")
+    check_text(value, f"{where}: {field}")
     return value

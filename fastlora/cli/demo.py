@@ -17,7 +17,8 @@ def demo(
     ] = 100,
     test_items: Annotated[int, typer.Option(min=1, metavar="N", help="Held-out sentences.")] = 200,
     seed: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Of the task and the training.")
+        int,
+        typer.Option(min=0, max=2**32 - 1, metavar="N", help="Of the task and the training."),
     ] = 0,
 ) -> None:
     """Teach a 4-bit SmolLM2-135M to turn sentences into JSON; minutes on two cores.

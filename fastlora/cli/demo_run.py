@@ -63,7 +63,7 @@ def run(output: Path, steps: int, test_items: int, seed: int) -> None:
     settings = TrainSettings(steps=steps, lr=LEARNING_RATE, seed=seed)
     training.refuse_many_processes()
     # the folder of an earlier demo may be used again
-    training.open_output(
+    training.check_output(
         output, reuse=all((output / name).exists() for name in (SETTINGS_FILE, TEST_FILE))
     )
     settings.save(output)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fastlora.cli.console import UserError, reported, require
+from fastlora.cli.console import UserError, check_text, reported, require
 from fastlora.cli.settings import Dtype, Quantize, TrainSettings
 
 AS_TRAINED = "as in training"
@@ -33,6 +33,7 @@ def generate(
     """Complete a prompt with a model and an adapter, greedily."""
     if adapter is not None and not (adapter / "adapter_config.json").is_file():
         raise UserError(f"adapter must be a folder with adapter_config.json, got {adapter}")
+    check_text(prompt, "prompt")
     given = {"quantize": quantize, "dtype": dtype, "template": template}
     settings = TrainSettings.load(adapter or Path(), **given)
     require("transformers", "accelerate")

@@ -6,9 +6,11 @@ import json
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
@@ -22,8 +24,21 @@ import fastlora
 from fastlora.cli.console import UserError, console, note, reported, size
 from fastlora.cli.settings import TrainSettings
 
-# what transformers' readers raise on files that are damaged or of another kind
-UNREADABLE = (OSError, ValueError, SafetensorError, struct.error)
+# what transformers' readers raise on files that are damaged, of another kind or of values that they
+# do not check, and where a reader is not installed
+UNREADABLE = (
+    ArithmeticError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -89,9 +104,8 @@ def load(path: Path, settings: TrainSettings) -> Base:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     with console.status("loading the model"):
-        with reported(*UNREADABLE, about=f"{path} cannot be loaded: "):
-            tokenizer = _load_tokenizer(path)
-            model = _load_model(path, dtype)
+        tokenizer = _load_tokenizer(path)
+        model = _load_model(path, dtype)
         fp32_bytes = 4 * sum(p.numel() for p in model.parameters())
         if settings.quantize == "nf4":
             # RuntimeError: FASTLORA_BACKEND names what does not run here
@@ -117,13 +131,19 @@ def describe(base: Base, settings: TrainSettings) -> None:
 
 def _load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     folder, extra = _source(path)
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, **extra)
+    file = path / "tokenizer.json"
+    if file.is_file() and not isinstance(_json_object(file).get("model"), dict):
+        raise UserError(f"{file} must be a tokenizer, with an object model, got none")
+    # Exception itself is what tokenizers raises on any value that it does not know
+    with reported(Exception, about=f"{path} cannot be loaded: "):
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, **extra)
 
 
 def _load_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     folder, extra = _source(path)
     # the GGUF reader draws a bar that no setting turns off
-    with contextlib.redirect_stderr(io.StringIO()) if extra else contextlib.nullcontext():
+    quiet = contextlib.redirect_stderr(io.StringIO()) if extra else contextlib.nullcontext()
+    with reported(*UNREADABLE, about=f"{path} cannot be loaded: "), quiet:
         model, loaded = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, output_loading_info=True, **extra
         )
@@ -144,17 +164,26 @@ def _source(path: Path) -> tuple[Path, dict[str, str]]:
     config = path / "config.json"
     if not config.is_file():
         raise UserError(f"model must be a folder with config.json or a .gguf file, got {path}")
-    try:
-        values = json.loads(config.read_text("utf-8"))
-    except ValueError as error:
-        raise UserError(f"{config} must be JSON, got {error}") from error
+    values = _json_object(config)
     kind = values.get("model_type")
-    if kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    known = isinstance(kind, str) and kind in CONFIG_MAPPING
+    if not known or CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"{config}: model_type must be a causal language model, got {kind!r}")
-    if "quantization_config" in values:
-        method = values["quantization_config"].get("quant_method")
+    quantised = values.get("quantization_config")
+    if quantised is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
         raise UserError(f"{config}: the model must not be quantised already, got {method!r}")
     return path, {}
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} must be JSON, got {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{file} must be a JSON object, got {type(values).__name__}")
+    return values
 
 
 def _drop_gguf_marks(model: PreTrainedModel) -> None:

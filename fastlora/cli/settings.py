@@ -6,11 +6,12 @@ import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import typer
 
-from fastlora.cli.console import UserError
+from fastlora.cli.console import UserError, check_text, reported
+from fastlora.codebooks import BLOCKSIZES
 
 Quantize = Literal["nf4", "none"]
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
@@ -45,7 +46,8 @@ class TrainSettings:
 
     quantize: Annotated[Quantize, _base(help="How the frozen weights are kept.")] = "nf4"
     blocksize: Annotated[
-        int, _base(metavar="N", min=32, max=4096, help="Weights that share one NF4 scale.")
+        int,
+        _base(metavar="N", help="Weights that share one NF4 scale: a power of 2 from 32 to 4096."),
     ] = 64
     double_quant: Annotated[
         bool, _base("--double-quant/--flat", help="Quantise the NF4 scales too.")
@@ -92,7 +94,9 @@ class TrainSettings:
     ] = 1.0
     weight_decay: Annotated[float, _optimisation(help="AdamW's decay.", **_amount)] = 0.0
 
-    seed: Annotated[int, _run(metavar="N", min=0, help="Seed of everything random.")] = 0
+    seed: Annotated[
+        int, _run(metavar="N", min=0, max=2**32 - 1, help="Seed of everything random.")
+    ] = 0
     logging_steps: Annotated[int, _run(help="Steps a line of metrics.jsonl.", **_count)] = 1
 
     def __post_init__(self) -> None:
@@ -102,11 +106,23 @@ class TrainSettings:
             raise UserError("epochs must be above 0, got 0")
         if self.template.count(PROMPT) != 1:
             raise UserError(f"template must contain {PROMPT} exactly once, got {self.template!r}")
+        check_text(self.template, "template")
+        if self.blocksize not in BLOCKSIZES:
+            raise UserError(f"blocksize must be one of {BLOCKSIZES}, got {self.blocksize}")
 
     def save(self, folder: Path) -> None:
-        """Write settings.json."""
+        """Write settings.json.
+
+        Args:
+            folder: made with its parents where it is missing.
+
+        Raises:
+            UserError: it cannot be made or written to.
+        """
         text = json.dumps(dataclasses.asdict(self), indent=2)
-        (folder / SETTINGS_FILE).write_text(text + "\n", encoding="utf-8")
+        with reported(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / SETTINGS_FILE).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path, **given: Any) -> "TrainSettings":
@@ -121,16 +137,32 @@ class TrainSettings:
             The settings.
 
         Raises:
-            UserError: settings.json is not readable, or a value is out of its range.
+            UserError: settings.json is not readable, or a value does not fit its field.
         """
         path = folder / SETTINGS_FILE
         try:
             saved = json.loads(path.read_text("utf-8")) if path.exists() else {}
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path} must be readable JSON, got {error}") from error
-        names = {field.name for field in dataclasses.fields(cls)}
-        chosen = saved | {name: value for name, value in given.items() if value is not None}
-        return cls(**{name: value for name, value in chosen.items() if name in names})
+        if not isinstance(saved, dict):
+            raise UserError(f"{path} must hold a JSON object, got {type(saved).__name__}")
+        hints = get_type_hints(cls)
+        chosen = {name: value for name, value in saved.items() if name in hints}
+        for name, value in chosen.items():
+            _check_type(f"{path}: {name}", value, hints[name])
+        return cls(**chosen | {name: value for name, value in given.items() if value is not None})
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    """Check a value from JSON against a type, a union of types or a Literal."""
+    choices = get_args(hint) or (hint,)
+    kinds = {choice for choice in choices if isinstance(choice, type)}
+    # as for type checkers, a whole number may stand for a float; but not a bool for an int
+    if float in kinds:
+        kinds.add(int)
+    if type(value) not in kinds and not any(value == c for c in choices if c not in kinds):
+        expected = " or ".join(getattr(c, "__name__", repr(c)) for c in choices)
+        raise UserError(f"{name} must be {expected}, got {value!r}")
 
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:

@@ -30,7 +30,7 @@ def train(
 
     training.refuse_many_processes()
     config = training.lora_config(settings, model)
-    training.open_output(output, reuse=overwrite)
+    training.check_output(output, reuse=overwrite)
     base = models.load(model, settings)
     models.describe(base, settings)
     dataset = encoding.encode(examples, base.tokenizer, settings.template, settings.max_length)

@@ -56,19 +56,21 @@ def refuse_many_processes() -> None:
         raise UserError(f"training must run in one process for now, got WORLD_SIZE={processes}")
 
 
-def open_output(output: Path, reuse: bool) -> None:
-    """Create the folder of a run, or check that it may be used.
+def check_output(output: Path, reuse: bool) -> None:
+    """Check that the folder of a run may be used; it is made when there is something to write.
 
     Args:
-        output: made with its parents where it is missing.
+        output: may be missing, with its parents.
         reuse: take a folder that has files; those of the run are replaced.
 
     Raises:
-        UserError: it has files and may not be reused, or it cannot be made.
+        UserError: it has files and may not be reused, or it cannot be made or written to.
     """
     with reported(OSError):
-        output.mkdir(parents=True, exist_ok=True)
-        if not reuse and any(output.iterdir()):
+        there = next(p for p in (output.absolute(), *output.absolute().parents) if p.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise UserError(f"output must be in a folder that can be written to, got {there}")
+        if not reuse and output.exists() and any(output.iterdir()):
             raise UserError(f"output must be a new or empty folder, got {output}; or --overwrite")
 
 
@@ -115,7 +117,7 @@ def train(
         data: encoded examples.
         settings: of the run.
         config: of the adapter, from `lora_config`.
-        output: existing folder for the adapter, metrics.jsonl and settings.json.
+        output: folder for the adapter, metrics.jsonl and settings.json.
 
     Returns:
         The account of the run.
