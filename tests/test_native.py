@@ -234,9 +234,9 @@ def test_no_dropout_needs_no_state():
 def test_nothing_is_written_past_an_output(isa, dtype, monkeypatch):
     buffers = []
 
-    def guarded(*shape: int, dtype: torch.dtype) -> Tensor:
+    def guarded(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
         size = torch.Size(shape).numel() * dtype.itemsize
-        buffer = torch.full((size + 128,), 0xA5, dtype=torch.uint8)
+        buffer = torch.full((size + 128,), 0xA5, dtype=torch.uint8, device=device)
         buffers.append((buffer, size))
         return buffer[64 : 64 + size].view(dtype).view(shape)
 
