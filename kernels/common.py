@@ -1,6 +1,68 @@
-"""Facts about the machine and helpers shared by all Triton kernels."""
+"""Facts about the device, which all Triton kernels choose their configuration by."""
 
 import os
+from functools import cache
+
+import torch
 
 # TRITON_INTERPRET=1 runs kernels on CPU tensors; Triton fixes the choice when it is imported
 INTERPRET: bool = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+# shared memory a program may have, in bytes; Triton's compiler does not check it
+SHARED_BYTES: dict[str, int] = {
+    "sm_80": 166_912,
+    "sm_86": 101_376,
+    "sm_90": 232_448,
+    "sm_100": 232_448,
+    "gfx942": 65_536,
+    "interpret": 1 << 40,
+}
+
+# of the largest chip of a family, for when none is at hand: a compiler needs no device
+_MULTIPROCESSORS = {
+    "sm_80": 108,
+    "sm_86": 84,
+    "sm_90": 132,
+    "sm_100": 148,
+    "gfx942": 304,
+    "interpret": 3,
+}
+
+
+def arch() -> str:
+    """Family of the current device, a key of `SHARED_BYTES`; what Triton compiles for decides."""
+    if INTERPRET:
+        return "interpret"
+    from triton.runtime import driver
+
+    target = driver.active.get_current_target()
+    return family(target.backend, target.arch)
+
+
+def family(backend: str, target: int | str) -> str:
+    """Family of a compilation target.
+
+    Args:
+        backend: "cuda" or "hip".
+        target: 10 * major + minor of the compute capability, or AMD's name of the chip.
+
+    Returns:
+        A key of `SHARED_BYTES`: devices that run the same configurations well.
+    """
+    if backend == "hip":
+        return "gfx942"
+    if target // 10 == 8:
+        return "sm_80" if target == 80 else "sm_86"
+    return {9: "sm_90", 10: "sm_100"}.get(target // 10, "sm_86")
+
+
+def multiprocessors() -> int:
+    """How many programs the current device runs side by side, at least."""
+    if torch.cuda.is_available() and not INTERPRET:
+        return _multiprocessors(torch.cuda.current_device())
+    return _MULTIPROCESSORS[arch()]
+
+
+@cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
