@@ -8,17 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastlora import backend, native, reference
+from fastlora import backend
 from fastlora.codebooks import BLOCKSIZES, STATS_GROUP, dynamic_map, nf4_code
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-
-_QUANTIZE = {"cpu": native.quantize_blocks, "reference": reference.quantize_blocks}
-_QUANTIZE_STATS = {"cpu": native.quantize_stats, "reference": reference.quantize_stats}
-_DEQUANTIZE = {"cpu": native.dequantize_blocks, "reference": reference.dequantize_blocks}
 
 
 @dataclass(frozen=True, eq=False)
@@ -272,12 +268,14 @@ def quantize_nf4(w: Tensor, blocksize: int = 64, double_quant: bool = True) -> N
     if blocksize not in BLOCKSIZES:
         raise ValueError(f"blocksize must be one of {BLOCKSIZES}, got {blocksize}")
     w = w.detach().contiguous()
-    packed, absmax, nonfinite = backend.pick(_QUANTIZE, w.device)(w, blocksize)
+    impl = backend.implementation(w.device)
+    with backend.on(w.device):
+        packed, absmax, nonfinite = impl.quantize_blocks(w, blocksize)
     if nonfinite:
         raise ValueError(f"w must be finite, got {nonfinite} NaN or Inf of {w.numel()} weights")
     nested = {}
     if double_quant:
-        absmax, absmax2, offset = backend.pick(_QUANTIZE_STATS, w.device)(absmax)
+        absmax, absmax2, offset = impl.quantize_stats(absmax)
         code2 = dynamic_map(w.device).clone()
         nested = {"absmax2": absmax2, "code2": code2, "offset": offset}
     shape = tuple(w.shape)
@@ -303,9 +301,8 @@ def dequantize_nf4(q: NF4Weight, dtype: torch.dtype | None = None) -> Tensor:
     dtype = q.dtype if dtype is None else dtype
     if dtype not in FLOATS:
         raise ValueError(f"dtype must be fp32, fp16 or bf16, got {dtype}")
-    decode = backend.pick(_DEQUANTIZE, q.device)
-    w = decode(*q.tensors(), q.blocksize, q.numel, dtype)
-    return w.view(q.shape)
+    with backend.on(q.device):
+        return next(iter(backend.implementation(q.device).dequantize([q], dtype)))
 
 
 def _as_matrix(packed: Tensor, shape: tuple[int, int]) -> Tensor:

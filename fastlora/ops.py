@@ -1,26 +1,21 @@
-"""Public functional ops: checks, autograd, and the choice of implementation.
+"""Public functional ops: checks, autograd, and the way into a graph of torch.compile.
 
 Names: M tokens, K in_features, N out_features, R rank.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from fastlora import backend, cpu, reference
-from fastlora.nf4 import FLOATS, NF4Weight, dequantize_nf4
-
-_LINEAR = {"cpu": cpu.linear, "reference": reference.linear}
-_LINEAR_DX = {"cpu": cpu.linear_dx, "reference": reference.linear_dx}
-_LINEAR_DW = {"cpu": cpu.linear_dw, "reference": reference.linear_dw}
-_LORA_DOWN = {"cpu": cpu.lora_down, "reference": reference.lora_down}
-_LORA_UP = {"cpu": cpu.lora_up, "reference": reference.lora_up}
-_LORA_BWD_DS_DB = {"cpu": cpu.lora_bwd_ds_db, "reference": reference.lora_bwd_ds_db}
-_LORA_BWD_DA = {"cpu": cpu.lora_bwd_da, "reference": reference.lora_bwd_da}
-_LORA_BWD_DX = {"cpu": cpu.lora_bwd_dx, "reference": reference.lora_bwd_dx}
+from fastlora import backend, passes, plan, reference
+from fastlora.member import Flat, Member, flatten, split, unflatten
+from fastlora.nf4 import FLOATS, NF4Weight
 
 
 def nf4_linear(x: Tensor, q: NF4Weight, bias: Tensor | None = None) -> Tensor:
@@ -40,9 +35,7 @@ def nf4_linear(x: Tensor, q: NF4Weight, bias: Tensor | None = None) -> Tensor:
     Raises:
         ValueError: shapes, dtypes or devices do not fit together.
     """
-    x = _autocast(x)
-    _check_linear(x, q, bias)
-    return _apply(x, q, bias)
+    return linear_group(x, [Member(q, bias)])[0]
 
 
 def lora_linear(
@@ -81,116 +74,293 @@ def lora_linear(
     Raises:
         ValueError: shapes, dtypes or devices do not fit together, or dropout_p is out of range.
     """
-    x = _autocast(x)
-    if isinstance(w_or_q, Tensor):
-        w_or_q = _autocast(w_or_q)
-    _check_linear(x, w_or_q, bias)
-    _check_lora(x, w_or_q, a, b)
-    if not 0 <= dropout_p < 1 or reference.dropout_threshold(dropout_p) == 65536:
-        raise ValueError(f"dropout_p must be in [0, 1) and round below 1, got {dropout_p}")
-    p = dropout_p if training else 0.0
-    # drawn here, not inside the Function: what is recomputed restores the generator and draws again
-    state = torch.randint(2**63 - 1, (2,), device=x.device) if p else None
-    return _apply(x, w_or_q, bias, a, b, scale, state, p)
+    return linear_group(x, [Member(w_or_q, bias, a, b, scale)], dropout_p, training)[0]
 
 
-def backend_name(device: torch.device) -> str:
-    """Name of the backend that runs these ops on a device; see `backend.name_for`.
+def linear_group(
+    x: Tensor, members: Sequence[Member], dropout_p: float = 0.0, training: bool = True
+) -> tuple[Tensor, ...]:
+    """Linear layers that read the same input, as one step: q, k, v, or gate and up.
+
+    x is read once for all projections to rank R, one dropout mask serves all members, 4-bit weights
+    are decoded in one launch, and dx is accumulated once. Otherwise as `lora_linear` of each.
 
     Args:
-        device: where the tensors live.
+        x: [..., K], fp32, fp16 or bf16; any strides, any number of tokens, also none.
+        members: the layers, at least one; any mixture of kinds and ranks.
+        dropout_p: probability of dropping an element of x on its way to the adapters, in [0, 1),
+            rounded to a multiple of 1/65536.
+        training: whether to drop at all.
 
     Returns:
-        "cpu" or "reference".
+        [..., N] of each member, dtype of x (autocast's when on). Gradients flow to x and to every
+        a, b, bias and dense weight.
 
     Raises:
-        RuntimeError: FASTLORA_BACKEND names one that cannot run there.
+        ValueError: no members, shapes, dtypes or devices do not fit together, or dropout_p is out
+            of range.
     """
-    return backend.name_for(_LINEAR, device)
-
-
-@torch.compiler.disable  # traced into, the C++ calls would give garbage
-def _apply(
-    x: Tensor,
-    w_or_q: Tensor | NF4Weight,
-    bias: Tensor | None,
-    a: Tensor | None = None,
-    b: Tensor | None = None,
-    scale: float = 0.0,
-    state: Tensor | None = None,
-    p: float = 0.0,
-) -> Tensor:
-    q, w = (w_or_q, None) if isinstance(w_or_q, NF4Weight) else (None, w_or_q)
-    args = x, w, bias, a, b, q, scale, state, p
-    if _autocast_dtype(x.device) is None:
-        return _Linear.apply(*args)
+    if not members:
+        raise ValueError("members must hold at least one layer, got none")
+    dtype = _autocast_dtype(x.device)
+    if dtype is not None:
+        x, members = x.to(dtype), [_cast(m, dtype) for m in members]
+    for m in members:
+        _check_linear(x, m.weight, m.bias)
+        if m.a is not None:
+            _check_lora(x, m.weight, m.a, m.b)
+    if not 0 <= dropout_p < 1 or reference.dropout_threshold(dropout_p) == 65536:
+        raise ValueError(f"dropout_p must be in [0, 1) and round below 1, got {dropout_p}")
+    p = dropout_p if training and any(m.R for m in members) else 0.0
+    # drawn here, not inside the op: what is recomputed restores the generator and draws again
+    state = torch.randint(2**63 - 1, (2,), device=x.device) if p else None
+    if dtype is None:
+        return _apply(x, flatten(members), state, p)
     with torch.autocast(x.device.type, enabled=False):  # the operands are cast already
-        return _Linear.apply(*args)
+        return _apply(x, flatten(members), state, p)
+
+
+def _apply(x: Tensor, flat: Flat, state: Tensor | None, p: float) -> tuple[Tensor, ...]:
+    if torch.compiler.is_compiling():
+        *ys, _ = _linear_op(x, flat.tensors, flat.facts, flat.scales, state, p)
+        return tuple(ys)
+    return _Linear.apply(x, flat.facts, flat.scales, state, p, *flat.tensors)
+
+
+# --- what is computed, whoever asks ----------------------------------------------------------
+
+
+def _forward(
+    x: Tensor, flat: Flat, state: Tensor | None, p: float
+) -> tuple[list[Tensor], Tensor | None]:
+    """y [..., N] of each member and s [M, R], None without LoRA."""
+    members = unflatten(flat)
+    tokens = _rows(x)
+    with backend.on(x.device):
+        impl, path = _choose(tokens, members, p)
+        ys, s = passes.forward(impl, path, tokens, members, state, p)
+    return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys], s
+
+
+def _backward(
+    dys: Sequence[Tensor | None],
+    x: Tensor | None,
+    s: Tensor | None,
+    flat: Flat,
+    state: Tensor | None,
+    p: float,
+    x_shape: Sequence[int],
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of x and of each of `flat.tensors`, None where `needs` is False."""
+    members = unflatten(flat)
+    needs_dx, *needs = needs
+    parts = split(needs, flat.facts)
+    dys = [None if dy is None else _rows(dy) for dy in dys]
+    dy = next(dy for dy in dys if dy is not None)
+    with backend.on(dy.device):
+        impl, path = _choose(dy, members, p)
+        dx, grads = passes.backward(
+            impl,
+            path,
+            dys,
+            None if x is None else _rows(x),
+            s,
+            members,
+            state,
+            p,
+            needs_dx,
+            [passes.Needs(d["weight"][0], *(d.get(n, False) for n in _NAMES)) for d in parts],
+        )
+    flat_grads = [None if dx is None else dx.view(*x_shape)]
+    for part, grad in zip(parts, grads, strict=True):
+        flat_grads += [grad.dw, *[None] * (len(part["weight"]) - 1)]
+        flat_grads += [getattr(grad, f"d{name}") for name in _NAMES if name in part]
+    return flat_grads
+
+
+_NAMES = ("bias", "a", "b")
+
+
+def _choose(tokens: Tensor, members: Sequence[Member], p: float) -> tuple[ModuleType, plan.Path]:
+    """The backend and the path of a call: the same in forward and backward."""
+    name = backend.name_for(tokens.device)
+    sizes = plan.problem(len(tokens), members, p, tokens.element_size())
+    return backend.load(name), plan.choose(name, tokens.device, sizes)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., K] as [M, K] whose last dimension has stride 1; a view where it can be one."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _save(
+    ctx: Any,
+    x: Tensor,
+    s: Tensor | None,
+    flat: Flat,
+    state: Tensor | None,
+    p: float,
+    needs: Sequence[bool],
+) -> None:
+    """Keep s and 16 bytes of dropout state, and x where the gradient of a or a dense w needs it."""
+    parts = split(needs[1:], flat.facts)
+    needs_x = any(part["weight"][0] or part.get("a") for part in parts)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x if needs_x else None, s, state, *flat.tensors)
+    ctx.facts, ctx.scales, ctx.p, ctx.x_shape = flat.facts, flat.scales, p, x.shape
+
+
+# --- eager mode ------------------------------------------------------------------------------
 
 
 class _Linear(torch.autograd.Function):
-    """y = x w^T + bias, with or without LoRA (a, b), over a dense (w) or an NF4 (q) weight."""
-
     @staticmethod
     def forward(
         ctx: FunctionCtx,
         x: Tensor,
-        w: Tensor | None,
-        bias: Tensor | None,
-        a: Tensor | None,
-        b: Tensor | None,
-        q: NF4Weight | None,
-        scale: float,
+        facts: list[int],
+        scales: list[float],
         state: Tensor | None,
         p: float,
-    ) -> Tensor:
-        pick, dtype = _picker(x.device), x.dtype
-        tokens = x.reshape(-1, x.shape[-1])
-        weight = w if q is None else dequantize_nf4(q, dtype)
-        y = pick(_LINEAR)(tokens, weight, None if bias is None else bias.to(dtype))
-        s = None
-        if a is not None:
-            s = pick(_LORA_DOWN)(tokens, a.to(dtype), state, p)
-            y = pick(_LORA_UP)(y, s, b.to(dtype), scale)
-
-        _, needs_dw, _, needs_da, *_ = ctx.needs_input_grad
-        saved_x = x if needs_dw or needs_da else None
-        ctx.save_for_backward(saved_x, s, state, w, a, b, *(q.tensors() if q else ()))
-        ctx.facts = None if q is None else q.facts
-        ctx.scale, ctx.p, ctx.x_shape, ctx.dtype = scale, p, x.shape, dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return y.view(*x.shape[:-1], y.shape[-1])
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        flat = Flat([*tensors], facts, scales)
+        ys, s = _forward(x, flat, state, p)
+        _save(ctx, x, s, flat, state, p, _needed(ctx))
+        return tuple(ys)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, s, state, w, a, b, *packed = ctx.saved_tensors
-        needs_dx, needs_dw, needs_dbias, needs_da, *_ = ctx.needs_input_grad
-        pick, dtype, scale, p = _picker(dy.device), ctx.dtype, ctx.scale, ctx.p
-        dy = dy.reshape(-1, dy.shape[-1])
-        x = None if x is None else x.reshape(-1, x.shape[-1])
-        dx = dw = dbias = da = db = ds = None
-        if a is not None:
-            ds, db = pick(_LORA_BWD_DS_DB)(dy, b.to(dtype), s, scale)
-            db = db.to(b.dtype)
-        if needs_da:
-            da = pick(_LORA_BWD_DA)(x, ds, state, p).to(a.dtype)
-        if needs_dx:
-            if packed:
-                w = dequantize_nf4(NF4Weight.unchecked(ctx.facts, packed), dtype)
-            dx = pick(_LINEAR_DX)(dy, w)
-            if a is not None:
-                dx = pick(_LORA_BWD_DX)(dx, ds, a.to(dtype), state, p)
-            dx = dx.view(ctx.x_shape)
-        if needs_dw:
-            dw = pick(_LINEAR_DW)(dy, x)
-        if needs_dbias:
-            dbias = dy.sum(0).to(ctx.bias_dtype)
-        return dx, dw, dbias, da, db, None, None, None, None
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, s, state, *tensors = ctx.saved_tensors
+        flat = Flat(tensors, ctx.facts, ctx.scales)
+        dx, *grads = _backward(dys, x, s, flat, state, ctx.p, ctx.x_shape, _needed(ctx))
+        return dx, None, None, None, None, *grads
 
 
-def _picker(device: torch.device) -> Callable:
-    return lambda implementations: backend.pick(implementations, device)
+def _needed(ctx: Any) -> list[bool]:
+    """Which gradients are asked for: of x, and of each tensor."""
+    needs_dx, _, _, _, _, *needs = ctx.needs_input_grad
+    return [needs_dx, *needs]
+
+
+# --- torch.compile: the same as ops that a graph does not look into ---------------------------
+
+
+@torch.library.custom_op("fastlora::linear", mutates_args=())
+def _linear_op(
+    x: Tensor,
+    tensors: Sequence[Tensor],
+    facts: Sequence[int],
+    scales: Sequence[float],
+    state: Tensor | None,
+    p: float,
+) -> list[Tensor]:
+    ys, s = _forward(x, Flat([*tensors], [*facts], [*scales]), state, p)
+    return [*ys, x.new_empty(0, 0) if s is None else s]
+
+
+@_linear_op.register_fake
+def _(
+    x: Tensor,
+    tensors: Sequence[Tensor],
+    facts: Sequence[int],
+    scales: Sequence[float],
+    state: Tensor | None,
+    p: float,
+) -> list[Tensor]:
+    members = unflatten(Flat([*tensors], [*facts], [*scales]))
+    R = sum(m.R for m in members)
+    M = math.prod(x.shape[:-1]) if R else 0
+    return [*(x.new_empty(*x.shape[:-1], m.N) for m in members), x.new_empty(M, R)]
+
+
+@torch.library.custom_op("fastlora::linear_backward", mutates_args=())
+def _linear_backward_op(
+    dys: Sequence[Tensor],
+    used: Sequence[int],
+    x: Tensor | None,
+    s: Tensor | None,
+    tensors: Sequence[Tensor],
+    facts: Sequence[int],
+    scales: Sequence[float],
+    state: Tensor | None,
+    p: float,
+    x_shape: Sequence[int],
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    given = dict(zip(used, dys, strict=True))
+    flat = Flat([*tensors], [*facts], [*scales])
+    all_dys = [given.get(i) for i in range(len(scales))]
+    grads = _backward(all_dys, x, s, flat, state, p, x_shape, needs)
+    # an unused member has no gradient, but the graph was promised one
+    wanted = [None, *tensors]
+    grads = [
+        torch.zeros_like(t) if g is None else g
+        for g, t, need in zip(grads, wanted, needs, strict=True)
+        if need
+    ]
+    # outputs of an op may not share memory, as the rows of da do
+    return [g.clone() if g.untyped_storage().nbytes() > g.nbytes else g for g in grads]
+
+
+@_linear_backward_op.register_fake
+def _(
+    dys: Sequence[Tensor],
+    used: Sequence[int],
+    x: Tensor | None,
+    s: Tensor | None,
+    tensors: Sequence[Tensor],
+    facts: Sequence[int],
+    scales: Sequence[float],
+    state: Tensor | None,
+    p: float,
+    x_shape: Sequence[int],
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    needs_dx, *needs = needs
+    dx = [dys[0].new_empty(x_shape)] if needs_dx else []
+    return [*dx, *(t.new_empty(t.shape) for t, need in zip(tensors, needs, strict=True) if need)]
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
+    x, tensors, facts, scales, state, p = inputs
+    s = output[-1] if output[-1].shape[1] else None
+    needs_dx, *needs = ctx.needs_input_grad  # flat here, nested in the backward
+    flat = Flat([*tensors], [*facts], [*scales])
+    _save(ctx, x, s, flat, state, p, [needs_dx, *needs[: len(tensors)]])
+
+
+def _op_backward(ctx: Any, dys: Sequence[Tensor | None]) -> tuple:
+    x, s, state, *tensors = ctx.saved_tensors
+    needs_dx, needs, *_ = ctx.needs_input_grad
+    *dys, _ = dys  # nothing is behind s
+    used = [i for i, dy in enumerate(dys) if dy is not None]
+    found = iter(
+        _linear_backward_op(
+            [dys[i] for i in used],
+            used,
+            x,
+            s,
+            tensors,
+            ctx.facts,
+            ctx.scales,
+            state,
+            ctx.p,
+            ctx.x_shape,
+            [needs_dx, *needs],
+        )
+    )
+    dx = next(found) if needs_dx else None
+    return dx, [next(found) if need else None for need in needs], None, None, None, None
+
+
+_linear_op.register_autograd(_op_backward, setup_context=_setup_context)
+
+
+# --- checks ----------------------------------------------------------------------------------
 
 
 def _autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -201,9 +371,8 @@ def _autocast_dtype(device: torch.device) -> torch.dtype | None:
     return None
 
 
-def _autocast(t: Tensor) -> Tensor:
-    dtype = _autocast_dtype(t.device)
-    return t if dtype is None else t.to(dtype)
+def _cast(m: Member, dtype: torch.dtype) -> Member:
+    return m if m.quantised else replace(m, weight=m.weight.to(dtype))
 
 
 def _check_linear(x: Tensor, w: Tensor | NF4Weight, bias: Tensor | None) -> None:

@@ -4,6 +4,9 @@ Names: M tokens, K in_features, N out_features, R rank. `state` is the dropout s
 (seed, offset), and None where p is 0. Arguments are checked by the public functions.
 """
 
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +18,9 @@ from fastlora.codebooks import (
     nf4_code,
     nf4_thresholds,
 )
+
+if TYPE_CHECKING:
+    from fastlora.nf4 import NF4Weight
 
 _LOW = 0xFFFFFFFF  # lower 32 bits
 
@@ -64,6 +70,29 @@ def dequantize_blocks(
     codes = torch.stack([packed >> 4, packed & 15], dim=1).reshape(-1)[:numel]
     scale = absmax.repeat_interleave(blocksize)[:numel]
     return (nf4_code(packed.device)[codes.int()] * scale).to(dtype)
+
+
+def dequantize(weights: "Sequence[NF4Weight]", dtype: torch.dtype) -> Iterator[Tensor]:
+    """[N, K] of each weight."""
+    for q in weights:
+        yield dequantize_blocks(*q.tensors(), q.blocksize, q.numel, dtype).view(q.shape)
+
+
+def dequantize_augmented(
+    weights: "Sequence[NF4Weight]",
+    bs: Sequence[Tensor],
+    scales: Sequence[float],
+    dtype: torch.dtype,
+) -> Iterator[Tensor]:
+    """[N, K + R] of each weight: scale * b stands in its own of the R columns, zeros in the others.
+
+    Each b is [N, R_i], and R is the sum of all R_i.
+    """
+    before, after = 0, sum(b.shape[1] for b in bs)
+    for w, b, scale in zip(dequantize(weights, dtype), bs, scales, strict=True):
+        after -= b.shape[1]
+        yield torch.cat([w, F.pad((scale * b).to(dtype), (before, after))], dim=1)
+        before += b.shape[1]
 
 
 def _as_groups(x: Tensor, size: int) -> Tensor:
@@ -126,9 +155,9 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, w, bias)
 
 
-def linear_dx(dy: Tensor, w: Tensor) -> Tensor:
-    """dx [M, K] = dy w."""
-    return dy @ w
+def linear_dx(dy: Tensor, w: Tensor, dx: Tensor | None = None) -> Tensor:
+    """dx [M, K] = dy w, added to dx where it is given; may overwrite dx."""
+    return dy @ w if dx is None else dx.addmm_(dy, w)
 
 
 def linear_dw(dy: Tensor, x: Tensor) -> Tensor:
@@ -141,14 +170,30 @@ def lora_down(x: Tensor, a: Tensor, state: Tensor | None, p: float) -> Tensor:
     return dropout(x, state, p) @ a.T
 
 
+def lora_down_augmented(
+    x: Tensor, a: Tensor, state: Tensor | None, p: float
+) -> tuple[Tensor, Tensor]:
+    """x beside s, [M, K + R], and s [M, R] = drop(x) a^T."""
+    s = lora_down(x, a, state, p)
+    return torch.cat([x, s], dim=1), s
+
+
 def lora_up(y: Tensor, s: Tensor, b: Tensor, scale: float) -> Tensor:
     """y [M, N] + scale * s b^T; may overwrite y."""
     return y.addmm_(s, b.T, alpha=scale)
 
 
-def lora_bwd_ds_db(dy: Tensor, b: Tensor, s: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """ds [M, R] = scale * dy b and db [N, R] = scale * dy^T s."""
-    return (dy @ b).mul_(scale), (dy.T @ s).mul_(scale)
+def linear_lora(
+    x: Tensor, w: Tensor, bias: Tensor | None, s: Tensor, b: Tensor, scale: float
+) -> Tensor:
+    """y [M, N] = x w^T + bias + scale * s b^T."""
+    return lora_up(linear(x, w, bias), s, b, scale)
+
+
+def lora_bwd_ds_db(dy: Tensor, b: Tensor, s: Tensor, scale: float, ds: Tensor) -> Tensor:
+    """db [N, R] = scale * dy^T s; scale * dy b is written into ds [M, R]."""
+    ds.copy_((dy @ b).mul_(scale))
+    return (dy.T @ s).mul_(scale)
 
 
 def lora_bwd_da(x: Tensor, ds: Tensor, state: Tensor | None, p: float) -> Tensor:
@@ -161,3 +206,17 @@ def lora_bwd_dx(dx: Tensor, ds: Tensor, a: Tensor, state: Tensor | None, p: floa
     if p == 0:
         return dx.addmm_(ds, a)
     return dx.add_(dropout(ds @ a, state, p))
+
+
+def lora_bwd_da_dx(
+    x: Tensor, dx: Tensor, ds: Tensor, a: Tensor, state: Tensor | None, p: float
+) -> tuple[Tensor, Tensor]:
+    """da [R, K] = ds^T drop(x) and dx [M, K] + mask * (ds a); may overwrite dx."""
+    return lora_bwd_da(x, ds, state, p), lora_bwd_dx(dx, ds, a, state, p)
+
+
+def linear_dx_lora(
+    dy: Tensor, w: Tensor, ds: Tensor, a: Tensor, state: Tensor | None, p: float
+) -> Tensor:
+    """dx [M, K] = dy w + mask * (ds a)."""
+    return lora_bwd_dx(linear_dx(dy, w), ds, a, state, p)

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from fastlora import ops, targets
+from fastlora import backend, targets
 from fastlora.model import adapters_of, original_of, state_of, unwrap
 from fastlora.nn import Linear4bit, LoraLinear
 
@@ -80,7 +80,7 @@ def explain_rows(model: nn.Module) -> Iterator[tuple[str, str, str, str, str]]:
         base = original_of(layer) if names else layer
         ours = isinstance(layer, LoraLinear | Linear4bit)
         device = next(base.parameters()).device
-        runs = ops.backend_name(device) if ours else "torch"
+        runs = backend.name_for(device) if ours else "torch"
         active = layer.active_adapter if names else None
         reasons = []
         if not isinstance(base, Linear4bit) and site.path in state.dense:

@@ -320,7 +320,7 @@ def test_bad_data_and_settings(model, data, tmp_path):
 def test_a_backend_that_does_not_run_is_named(model, data, tmp_path, monkeypatch):
     monkeypatch.setenv("FASTLORA_BACKEND", "wat")
     message = refused(model, data, "-o", tmp_path / "out")
-    assert "FASTLORA_BACKEND=wat cannot run this op" in message
+    assert "FASTLORA_BACKEND=wat cannot run on cpu" in message
 
 
 def test_several_processes_are_refused(model, data, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import torch
 from helpers import DEVICE
 
 import fastlora
-from fastlora import NF4Weight, codebooks, nf4, reference
+from fastlora import NF4Weight, codebooks, native, nf4, reference
 from fastlora.codebooks import BLOCKSIZES
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -27,8 +27,8 @@ SHAPES = [  # N, K
 @pytest.fixture(params=["cpu", "reference"])
 def backend_name(request, monkeypatch):
     """Run on every backend that this machine has."""
-    if request.param == "cpu" and not nf4.native.available():
-        pytest.skip(nf4.native.unavailable_reason())
+    if request.param == "cpu" and not native.available():
+        pytest.skip(native.unavailable_reason())
     monkeypatch.setenv("FASTLORA_BACKEND", request.param)
     return request.param
 

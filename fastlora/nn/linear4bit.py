@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastlora import ops
 from fastlora.codebooks import STATS_GROUP
+from fastlora.member import Member
 from fastlora.nf4 import FLOATS, NF4Weight, dequantize_nf4, quantize_nf4
 
 _BYTES = ("qweight", "absmax", "absmax2", "code2", "offset")  # order of NF4Weight.tensors()
@@ -169,10 +170,13 @@ class Linear4bit(nn.Linear):
         """
         return dequantize_nf4(self.nf4, dtype)
 
-    @torch.compiler.disable
+    def member(self) -> Member:
+        """The layer as `ops.linear_group` takes it."""
+        return Member(self.nf4, self.bias)
+
     def forward(self, x: Tensor) -> Tensor:
-        """y [..., N] = x w^T + bias for x [..., K]; see `ops.nf4_linear`."""
-        return ops.nf4_linear(x, self.nf4, self.bias)
+        """y [..., N] = x w^T + bias for x [..., K]; see `ops.linear_group`."""
+        return ops.linear_group(x, [self.member()])[0]
 
     def reset_parameters(self) -> None:
         """Random weights as `nn.Linear` has them, quantised; nothing on the meta device."""
@@ -239,6 +243,7 @@ class Linear4bit(nn.Linear):
 
 def _as_fp32(stored: Tensor) -> Tensor:
     """fp32 values of bytes: a view, or a copy where sharding left the bytes misaligned."""
-    if stored.storage_offset() % 4:
+    # a graph cannot ask; there the view of misaligned bytes raises
+    if not torch.compiler.is_compiling() and stored.storage_offset() % 4:
         stored = stored.clone()
     return stored.view(torch.float32)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from fastlora import ops
+from fastlora.member import Member
 from fastlora.nn.linear4bit import Linear4bit
-from fastlora.nn.switch import is_disabled
 
 
 class LoraLinear(nn.Linear):
@@ -35,6 +35,8 @@ class LoraLinear(nn.Linear):
         TypeError: base is another kind of module.
         ValueError: an adapter setting is out of range.
     """
+
+    disabled_depth = 0  # how many `disabled` blocks the layer is in; an attribute guards graphs
 
     def __init__(
         self,
@@ -184,23 +186,27 @@ class LoraLinear(nn.Linear):
         a, b = self._adapter(name)
         return torch.addmm(base.float(), b, a, alpha=self.scaling[name])
 
-    @torch.compiler.disable  # a graph cannot follow `disabled`; the op below is opaque anyway
+    @property
+    def running_adapter(self) -> str | None:
+        """Name of the adapter that a forward applies; None inside `disabled` or without one."""
+        return None if self.disabled_depth else self.active_adapter
+
+    def member(self) -> Member:
+        """The layer with its running adapter as `ops.linear_group` takes it."""
+        quantised = isinstance(self.base_layer, Linear4bit)
+        weight = self.base_layer.nf4 if quantised else self.weight
+        name = self.running_adapter
+        if name is None:
+            return Member(weight, self.bias)
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        return Member(weight, self.bias, a, b, self.scaling[name])
+
     def forward(self, x: Tensor) -> Tensor:
         """y [..., N] for x [..., K]; see `ops.lora_linear`."""
-        name = self.active_adapter
-        if name is None or is_disabled(self):
+        name = self.running_adapter
+        if name is None:
             return self.base_layer(x)
-        quantised = isinstance(self.base_layer, Linear4bit)
-        return ops.lora_linear(
-            x,
-            self.base_layer.nf4 if quantised else self.weight,
-            self.lora_A[name].weight,
-            self.lora_B[name].weight,
-            self.scaling[name],
-            bias=self.bias,
-            dropout_p=self.lora_dropout[name],
-            training=self.training,
-        )
+        return ops.linear_group(x, [self.member()], self.lora_dropout[name], self.training)[0]
 
     def extra_repr(self) -> str:
         """What `print` shows beside the class name."""

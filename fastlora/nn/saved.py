@@ -3,10 +3,7 @@
 import copy
 from typing import Any
 
-import torch
 from torch import nn
-
-from fastlora.nn.switch import is_disabled
 
 
 class SavedModule(nn.Module):
@@ -16,6 +13,8 @@ class SavedModule(nn.Module):
         original: the module, kept untouched.
         adapter_name: the first adapter.
     """
+
+    disabled_depth = 0  # how many `disabled` blocks the module is in
 
     def __init__(self, original: nn.Module, adapter_name: str = "default") -> None:
         super().__init__()
@@ -38,7 +37,7 @@ class SavedModule(nn.Module):
     @property
     def running_module(self) -> nn.Module:
         """The active copy, or the original."""
-        if self.active_adapter is None or is_disabled(self):
+        if self.active_adapter is None or self.disabled_depth:
             return self.original_module
         return self.modules_to_save[self.active_adapter]
 
@@ -80,7 +79,6 @@ class SavedModule(nn.Module):
         for adapter, module in self.modules_to_save.items():
             module.requires_grad_(adapter == name)
 
-    @torch.compiler.disable  # a graph cannot follow `disabled`
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the active copy."""
         return self.running_module(*args, **kwargs)

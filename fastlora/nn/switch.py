@@ -2,19 +2,16 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 from torch import nn
-
-_DISABLED: ContextVar[frozenset[int]] = ContextVar("fastlora_disabled", default=frozenset())
 
 
 @contextmanager
 def disabled(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Run the base of `LoraLinear` and `SavedModule` layers; re-entrant, for this thread only.
+    """Run the base of `LoraLinear` and `SavedModule` layers; re-entrant, for all threads.
 
-    A forward that gradient checkpointing recomputes after the block, or in a thread of autograd,
-    runs with adapters: run such a forward and its backward without checkpointing.
+    A forward that gradient checkpointing recomputes after the block runs with adapters: run such a
+    forward and its backward without checkpointing.
 
     Args:
         layers: the layers to switch off.
@@ -22,14 +19,11 @@ def disabled(layers: Iterable[nn.Module]) -> Iterator[None]:
     Yields:
         None
     """
-    layers = list(layers)  # kept alive, so that no other object gets one of the ids
-    token = _DISABLED.set(_DISABLED.get() | {id(layer) for layer in layers})
+    layers = list(layers)
+    for layer in layers:
+        layer.disabled_depth += 1
     try:
         yield
     finally:
-        _DISABLED.reset(token)
-
-
-def is_disabled(layer: nn.Module) -> bool:
-    """Whether `disabled` switches this layer off in this thread."""
-    return id(layer) in _DISABLED.get()
+        for layer in layers:
+            layer.disabled_depth -= 1
