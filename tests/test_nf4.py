@@ -7,7 +7,7 @@ import torch
 from helpers import DEVICE
 
 import fastlora
-from fastlora import NF4Weight, codebooks, native, nf4, reference
+from fastlora import NF4Weight, codebooks, native, reference
 from fastlora.codebooks import BLOCKSIZES
 
 bnb = pytest.importorskip("bitsandbytes")

@@ -5,3 +5,4 @@ from fastlora.nn.lora import LoraLinear, is_conv1d
 from fastlora.nn.saved import SavedModule
 from fastlora.nn.switch import disabled
 
+__all__ = ["Linear4bit", "LoraLinear", "SavedModule", "disabled", "is_conv1d"]
