@@ -107,7 +107,7 @@ def linear_group(
         x, members = x.to(dtype), [_cast(m, dtype) for m in members]
     for m in members:
         _check_linear(x, m.weight, m.bias)
-        if m.a is not None:
+        if m.a is not None or m.b is not None:
             _check_lora(x, m.weight, m.a, m.b)
     if not 0 <= dropout_p < 1 or reference.dropout_threshold(dropout_p) == 65536:
         raise ValueError(f"dropout_p must be in [0, 1) and round below 1, got {dropout_p}")
@@ -387,8 +387,10 @@ def _check_linear(x: Tensor, w: Tensor | NF4Weight, bias: Tensor | None) -> None
     _check_devices(x, w=w, bias=bias)
 
 
-def _check_lora(x: Tensor, w: Tensor | NF4Weight, a: Tensor, b: Tensor) -> None:
+def _check_lora(x: Tensor, w: Tensor | NF4Weight, a: Tensor | None, b: Tensor | None) -> None:
     N, K = w.shape
+    if a is None or b is None:
+        raise ValueError(f"a and b must be given together, got a {_given(a)} and b {_given(b)}")
     if a.ndim != 2 or a.shape[0] < 1 or a.shape[1] != K or b.shape != (N, a.shape[0]):
         raise ValueError(
             f"a must be [R, {K}] and b [{N}, R] with R >= 1, got {[*a.shape]} and {[*b.shape]}"
@@ -396,6 +398,10 @@ def _check_lora(x: Tensor, w: Tensor | NF4Weight, a: Tensor, b: Tensor) -> None:
     if not a.is_floating_point() or not b.is_floating_point():
         raise ValueError(f"a and b must have a float dtype, got {a.dtype} and {b.dtype}")
     _check_devices(x, a=a, b=b)
+
+
+def _given(t: Tensor | None) -> str:
+    return "missing" if t is None else f"{[*t.shape]}"
 
 
 def _check_devices(x: Tensor, **others: Tensor | NF4Weight | None) -> None:

@@ -16,6 +16,10 @@ ROOT = Path(__file__).resolve().parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # the interpreter keeps bf16 as uint16 and multiplies the bits (triton issue 11584)
 DTYPES = [torch.float32, torch.float16] + ([] if INTERPRET else [torch.bfloat16])
+if INTERPRET:
+    BACKENDS = ["triton"]  # the others run in a process of their own
+else:
+    BACKENDS = ["triton", "reference"] if DEVICE == "cuda" else ["cpu", "reference"]
 # the only tolerance table, relative to max|exact|: rounding that eager is spared by luck
 FLOOR = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 

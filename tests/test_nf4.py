@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import DEVICE
+from helpers import BACKENDS, DEVICE
 
 import fastlora
 from fastlora import NF4Weight, codebooks, native, reference
@@ -24,7 +24,7 @@ SHAPES = [  # N, K
 ]
 
 
-@pytest.fixture(params=["cpu", "reference"])
+@pytest.fixture(params=BACKENDS)
 def backend_name(request, monkeypatch):
     """Run on every backend that this machine has."""
     if request.param == "cpu" and not native.available():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DEVICE, DTYPES, assert_as_accurate
+from helpers import BACKENDS, DEVICE, DTYPES, assert_as_accurate
 
 import fastlora
 from fastlora import native, ops, reference
@@ -19,7 +19,7 @@ SHAPES = [  # M, K, N, R
 BASES = ["nf4", "nf4-flat", "dense"]
 
 
-@pytest.fixture(params=["cpu", "reference"], autouse=True)
+@pytest.fixture(params=BACKENDS, autouse=True)
 def backend_name(request, monkeypatch):
     """Run on every backend that this machine has."""
     if request.param == "cpu" and not native.available():
