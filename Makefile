@@ -5,6 +5,7 @@ GPU := $(shell command -v nvidia-smi || command -v rocm-smi)
 # without a GPU a fixed version, so that no newer one pulls gigabytes of CUDA in
 TORCH ?= $(if $(GPU),torch,torch==2.13.0)
 PYTEST_ARGS ?=
+KERNEL_TESTS ?= tests/kernels tests/test_linear_group.py tests/test_nf4.py
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input
@@ -14,11 +15,12 @@ SOURCES := pyproject.toml setup.py MANIFEST.in $(wildcard csrc/*)
 STAMP := $(VENV)/.fastlora
 
 .DELETE_ON_ERROR:
-.PHONY: help install demo model test test-slow lint format bench clean
+.PHONY: help install demo model test test-kernels test-slow lint format bench clean
 
 help:
 	@echo "make demo       fine-tune a small real model in 4 bit, minutes on two cores"
-	@echo "make test       the test suite without what takes minutes"
+	@echo "make test       the test suite without what takes minutes, test-kernels included"
+	@echo "make test-kernels  Triton kernels in Triton's interpreter, which needs no GPU"
 	@echo "make test-slow  what takes minutes"
 	@echo "make lint       ruff, pydoclint, clang-format"
 	@echo "make format     let ruff and clang-format rewrite the files"
@@ -48,7 +50,7 @@ $(STAMP)-hf $(STAMP)-all: $(STAMP)-%: $(STAMP)-torch $(SOURCES)
 install: $(STAMP)-all
 
 # threads that spin at barriers make training several times slower on a machine with other work
-demo test test-slow: export OMP_WAIT_POLICY ?= PASSIVE
+demo test test-kernels test-slow: export OMP_WAIT_POLICY ?= PASSIVE
 
 demo: $(if $(wildcard $(STAMP)-all),$(STAMP)-all,$(STAMP)-hf)
 	$(VENV)/bin/fastlora demo
@@ -60,6 +62,11 @@ model: $(STAMP)-all
 
 test: model
 	$(PY) -m pytest --durations=10 $(PYTEST_ARGS)
+	$(MAKE) test-kernels
+
+# Triton decides at import whether it interprets, so these tests have a process of their own
+test-kernels: $(STAMP)-all
+	TRITON_INTERPRET=1 $(PY) -m pytest --durations=5 $(KERNEL_TESTS)
 
 test-slow: model
 	$(PY) -m pytest --durations=10 -m slow $(PYTEST_ARGS)

@@ -131,8 +131,9 @@ def backward(
     dtype = dys[used[0]].dtype
     ranks = list(_ranks(members))
 
-    # rows of ds that belong to an unused output stay zero
-    ds = None if s is None else torch.zeros_like(s) if None in dys else torch.empty_like(s)
+    ds = None
+    if s is not None:  # columns that belong to an unused output stay zero
+        ds = torch.empty_like(s) if len(used) == len(members) else torch.zeros_like(s)
     for i in used:
         m, dy = members[i], dys[i]
         if m.R:

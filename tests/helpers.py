@@ -13,7 +13,7 @@ from fastlora.kernels.common import INTERPRET
 
 ROOT = Path(__file__).resolve().parent.parent
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRET else "cpu"
 # the interpreter keeps bf16 as uint16 and multiplies the bits (triton issue 11584)
 DTYPES = [torch.float32, torch.float16] + ([] if INTERPRET else [torch.bfloat16])
 if INTERPRET:

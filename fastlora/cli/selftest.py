@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import fastlora
-from fastlora import native, reference
+from fastlora import backend, native, reference
 
 PACKAGES = (
     "triton",
@@ -75,13 +75,17 @@ def _describe(device: torch.device) -> str:
     if device.type == "cpu":
         return f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     gpu = torch.cuda.get_device_properties(device)
-    return f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, capability {gpu.major}.{gpu.minor}"
+    missing = backend.why_not("triton", device)
+    kernels = f"no Triton kernels: {missing}" if missing else "Triton kernels"
+    memory, capability = f"{gpu.total_memory / 2**30:.0f} GiB", f"{gpu.major}.{gpu.minor}"
+    return f"{gpu.name}, {memory}, capability {capability}, {kernels}"
 
 
 def _nf4(device: torch.device) -> str:
     w = torch.randn(N, K, generator=torch.Generator().manual_seed(0))
     packed, absmax, _ = reference.quantize_blocks(w, 64)
-    codes, absmax2, offset = reference.quantize_stats(absmax)
+    # on the device, because the mean of the scales depends on the order of its sum
+    codes, absmax2, offset = (t.cpu() for t in reference.quantize_stats(absmax.to(device)))
     q = fastlora.quantize_nf4(w.to(device))
     for name, got, want in (
         ("codes", q.qweight, packed.view(N, K // 2)),
