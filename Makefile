@@ -5,7 +5,7 @@ GPU := $(shell command -v nvidia-smi || command -v rocm-smi)
 # without a GPU a fixed version, so that no newer one pulls gigabytes of CUDA in
 TORCH ?= $(if $(GPU),torch,torch==2.13.0)
 PYTEST_ARGS ?=
-KERNEL_TESTS ?= tests/kernels tests/test_linear_group.py tests/test_nf4.py
+KERNEL_TESTS ?= tests/kernels tests/test_linear_group.py
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input

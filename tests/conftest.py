@@ -29,6 +29,9 @@ import numpy as np  # noqa: E402  the environment comes first
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+if os.environ.get("TRITON_INTERPRET"):
+    np.seterr(all="ignore")  # the interpreter computes in NumPy, which warns where a GPU does not
+
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what is marked `gpu` where there is none."""

@@ -18,8 +18,7 @@ GROUPS = [  # M, K, N of each member, R of each member
 ]
 PATHS = [
     plan.Path(forward, dx, "asked for")
-    for forward in ("addmm", "augment", "gemm")
-    for dx in ("tail", "gemm")
+    for forward, dx in (("addmm", "tail"), ("augment", "tail"), ("gemm", "gemm"))
 ]
 
 

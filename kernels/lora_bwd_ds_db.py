@@ -1,0 +1,161 @@
+"""Gradients through the LoRA up-projection: ds and db in one pass over dy.
+
+    ds[m, r] = scale * sum_n dy[m, n] * b[n, r]
+    db[n, r] = scale * sum_m dy[m, n] * s[m, r]
+
+Bound by memory: reads dy once, M * N elements. A program owns BLOCK_N columns and keeps their db in
+registers, while ds leaves as one fp32 part per column block: 2 * R / BLOCK_N of the bytes of a
+16-bit dy, written and read again. From R = 128 this costs more than a second pass over dy, so two
+launches read it then. One more launch adds all parts up.
+Source: Hu et al. 2021, arXiv:2106.09685, eq. 3, differentiated.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import arch
+from .lora_bwd_da import partial_da
+from .lora_down import project
+from .reduce import Sum, reduce, split
+
+# form of the two launches that each read dy
+APART = triton.Config({"FORM": "apart"})
+
+
+def configs(arch: str, R: int, itemsize: int = 2) -> tuple[triton.Config, ...]:
+    """Configurations for a family of devices, the default first.
+
+    Args:
+        arch: family of the device, see `common.arch`.
+        R: rank.
+        itemsize: bytes of an element of dy.
+
+    Returns:
+        The default and candidates for tuning.
+    """
+    block_r = max(16, triton.next_power_of_2(R))
+
+    def config(form: str, m: int, n: int, warps: int, stages: int) -> triton.Config:
+        blocks = {"FORM": form, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_R": block_r}
+        return triton.Config(blocks, num_warps=warps, num_stages=stages)
+
+    if R > 64:
+        return (APART,)
+    if arch == "interpret":
+        return config("rn", 16, 32, 4, 1), config("nr", 32, 16, 4, 1), APART
+    if itemsize == 4:  # no tensor cores, twice the shared memory
+        return (APART,)
+    if arch in ("sm_90", "sm_100"):
+        return config("nr", 64, 512, 8, 2), config("nr", 64, 256, 8, 2), APART
+    if arch == "gfx942":  # wider blocks do not fit, narrower ones write too many parts
+        return (config("rn", 64, 256, 8, 2), APART) if R <= 16 else (APART,)
+    if R <= 16:
+        return config("rn", 64, 512, 8, 2), config("rn", 64, 256, 8, 2), APART
+    return config("rn", 64, 256, 8, 2), APART
+
+
+@triton.jit
+def _lora_bwd_ds_db_kernel(
+    dy_ptr,  # [M, N]
+    b_ptr,  # [N, R]
+    s_ptr,  # [M, R]
+    ds_ptr,  # fp32 [column blocks, M, R], out
+    db_ptr,  # fp32 [splits, N, R], out
+    M,
+    N,
+    m_chunk,  # rows of a part of db, a multiple of BLOCK_M
+    stride_dy_m,
+    stride_s_m,
+    R: tl.constexpr,
+    STAGES: tl.constexpr,
+    FORM: tl.constexpr,  # "rn": db^T = s^T dy, cp.async for dy; "nr": db = dy^T s, all wgmma
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,  # power of two, >= max(R, 16)
+):
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_r = tl.arange(0, BLOCK_R)
+    mask_n, mask_r = offs_n < N, offs_r < R
+    mask_nr = mask_n[:, None] & mask_r[None, :]
+    b = tl.load(b_ptr + offs_n[:, None] * R + offs_r[None, :], mask=mask_nr, other=0.0)
+    ds_ptr += tl.program_id(0).to(tl.int64) * M * R
+    db_ptr += tl.program_id(1).to(tl.int64) * N * R
+
+    db = tl.zeros([BLOCK_R, BLOCK_N] if FORM == "rn" else [BLOCK_N, BLOCK_R], tl.float32)
+    m_end = tl.minimum(tl.program_id(1) * m_chunk + m_chunk, M)
+    # with the number of stages here, loads that feed no dot are pipelined too
+    for m0 in tl.range(tl.program_id(1) * m_chunk, m_end, BLOCK_M, num_stages=STAGES):
+        offs_m = m0 + tl.arange(0, BLOCK_M).to(tl.int64)
+        mask_m = offs_m < M
+        mask_mr = mask_m[:, None] & mask_r[None, :]
+        dy_ptrs = dy_ptr + offs_m[:, None] * stride_dy_m + offs_n[None, :]
+        s_ptrs = s_ptr + offs_m[:, None] * stride_s_m + offs_r[None, :]
+        dy = tl.load(dy_ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
+        s = tl.load(s_ptrs, mask=mask_mr, other=0.0)
+        ds = tl.dot(dy, b, input_precision="ieee")
+        if FORM == "rn":
+            db = tl.dot(tl.trans(s), dy, db, input_precision="ieee")
+        else:
+            db = tl.dot(tl.trans(dy), s, db, input_precision="ieee")
+        tl.store(ds_ptr + offs_m[:, None] * R + offs_r[None, :], ds, mask=mask_mr)
+
+    if FORM == "rn":
+        db = tl.trans(db)
+    tl.store(db_ptr + offs_n[:, None] * R + offs_r[None, :], db, mask=mask_nr)
+
+
+def lora_bwd_ds_db(
+    dy: Tensor,
+    b: Tensor,
+    s: Tensor,
+    scale: float,
+    ds: Tensor,
+    config: triton.Config | None = None,
+) -> Tensor:
+    """Launch. Arguments are checked by `fastlora.ops`; last dims have stride 1.
+
+    Args:
+        dy: [M, N], fp32, fp16 or bf16.
+        b: [N, R], dtype of `dy`, contiguous.
+        s: [M, R], dtype of `dy`.
+        scale: alpha / R, no unit.
+        ds: [M, R], dtype of `dy`, out: scale * dy b.
+        config: None for the default of the device.
+
+    Returns:
+        [N, R], fp32: scale * dy^T s.
+    """
+    (M, N), R = dy.shape, b.shape[1]
+    config = config or configs(arch(), R, dy.element_size())[0]
+    db = dy.new_empty(N, R, dtype=torch.float32)
+    if M == 0:
+        return db.zero_()
+    if config.kwargs["FORM"] == "apart":
+        sums = project(dy, b.T, ds, scale)
+        reduce([*sums, Sum(partial_da(dy, s, "kr"), db, scale)])
+        return db
+    block_m, block_n = config.kwargs["BLOCK_M"], config.kwargs["BLOCK_N"]
+    blocks = triton.cdiv(N, block_n)
+    splits, steps = split(blocks, triton.cdiv(M, block_m), waves=2)
+    ds_parts = dy.new_empty(blocks, M, R, dtype=torch.float32)
+    db_parts = dy.new_empty(splits, N, R, dtype=torch.float32)
+    _lora_bwd_ds_db_kernel[(blocks, splits)](
+        dy,
+        b,
+        s,
+        ds_parts,
+        db_parts,
+        M,
+        N,
+        steps * block_m,
+        dy.stride(0),
+        s.stride(0),
+        R=R,
+        STAGES=config.num_stages,
+        enable_fp_fusion=True,
+        **config.all_kwargs(),
+    )
+    reduce([Sum(ds_parts, ds, scale), Sum(db_parts, db, scale)])
+    return db

@@ -1,0 +1,117 @@
+"""The second pass of split reductions: fp32 partial sums added up in their order.
+
+    out[i, j] = scale * sum_p parts[p, i, j]
+
+Deterministic: every partial sum has one writer, every result one reader of its parts, and how many
+parts there are depends on shapes and on the device alone. Bound by memory: reads every part once.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import multiprocessors
+
+# elements of a result that a program adds up: four a thread
+BLOCK = 512
+
+
+class Sum(NamedTuple):
+    """One result of the second pass."""
+
+    parts: Tensor  # [P, rows, cols], fp32, contiguous
+    out: Tensor  # [rows, cols], any float dtype, rows may be apart
+    scale: float  # no unit
+
+
+def split(blocks: int, steps: int, waves: int) -> tuple[int, int]:
+    """Cut a loop into parts, so that a grid fills the device.
+
+    Args:
+        blocks: programs of the grid without the split.
+        steps: turns of the loop, at least 1.
+        waves: programs a multiprocessor should get, at most.
+
+    Returns:
+        Number of parts, and turns of each; the last part may have fewer, but never none.
+    """
+    parts = min(max(waves * multiprocessors() // blocks, 1), steps)
+    turns = triton.cdiv(steps, parts)
+    return triton.cdiv(steps, turns), turns
+
+
+@triton.jit
+def _reduce_kernel(
+    parts0_ptr,  # fp32 [count0, rows0, cols]
+    parts1_ptr,  # fp32 [count1, rows1, cols]
+    out0_ptr,  # [rows0, cols], out
+    out1_ptr,  # [rows1, cols], out
+    count0,
+    count1,
+    rows0,
+    rows1,
+    cols,
+    blocks0,  # programs of the first result
+    scale0,
+    scale1,
+    stride_out0,
+    stride_out1,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    second = pid >= blocks0
+    pid -= tl.where(second, blocks0, 0)
+    parts_ptr = tl.where(second, parts1_ptr, parts0_ptr)
+    rows = tl.where(second, rows1, rows0)
+    col_blocks = tl.cdiv(cols, BLOCK_COLS)
+    offs_i = (pid // col_blocks).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    offs_j = pid % col_blocks * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    mask = (offs_i < rows)[:, None] & (offs_j < cols)[None, :]
+    ptrs = parts_ptr + offs_i[:, None] * cols + offs_j[None, :]
+    size = rows.to(tl.int64) * cols
+    acc = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float32)
+    # several loads in flight: the sum waits for memory, not for arithmetic
+    for part in tl.range(tl.where(second, count1, count0), loop_unroll_factor=4):
+        acc += tl.load(ptrs + part * size, mask=mask, other=0.0)
+    acc *= tl.where(second, scale1, scale0)
+    # the results may differ in dtype
+    if second:
+        out_ptrs = out1_ptr + offs_i[:, None] * stride_out1 + offs_j[None, :]
+        tl.store(out_ptrs, acc.to(out1_ptr.dtype.element_ty), mask=mask)
+    else:
+        out_ptrs = out0_ptr + offs_i[:, None] * stride_out0 + offs_j[None, :]
+        tl.store(out_ptrs, acc.to(out0_ptr.dtype.element_ty), mask=mask)
+
+
+def reduce(sums: list[Sum]) -> None:
+    """Launch the second pass of none, one or two results with equally many columns."""
+    if not sums:
+        return
+    first, second = sums[0], sums[-1]
+    cols = first.out.shape[1]
+    block_cols = min(triton.next_power_of_2(cols), BLOCK)
+    block_rows = BLOCK // block_cols
+    blocks = [triton.cdiv(s.out.shape[0], block_rows) * triton.cdiv(cols, block_cols) for s in sums]
+    _reduce_kernel[(sum(blocks),)](
+        first.parts,
+        second.parts,
+        first.out,
+        second.out,
+        first.parts.shape[0],
+        second.parts.shape[0],
+        first.out.shape[0],
+        second.out.shape[0],
+        cols,
+        blocks[0],
+        first.scale,
+        second.scale,
+        first.out.stride(0),
+        second.out.stride(0),
+        BLOCK_ROWS=block_rows,
+        BLOCK_COLS=block_cols,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
