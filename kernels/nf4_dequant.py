@@ -291,15 +291,16 @@ def nf4_dequant(
     ranks = tuple(b_i.shape[1] for b_i in b)
     columns = tuple(accumulate(ranks, initial=0))
     T = out.shape[1] - K if tail else 0
-    block_t = triton.next_power_of_2(max(T, 1))
+    block_t = 1 << max(T - 1, 0).bit_length()
     rows_t = max(tile // block_t, 1)
     row = 0
+    # triton.cdiv would take microseconds on the host
     for part in _launches(weights):
         mine = tuple(weights[part])
         sizes = [weight.N for weight in mine]
-        first_programs = tuple(accumulate((triton.cdiv(N * K, tile) for N in sizes), initial=0))
+        first_programs = tuple(accumulate((-(-N * K // tile) for N in sizes), initial=0))
         first_rows = tuple(accumulate(sizes, initial=0))
-        tail_programs = triton.cdiv(first_rows[-1], rows_t) if b else 0
+        tail_programs = -(-first_rows[-1] // rows_t) if b else 0
         rows = out[row : row + first_rows[-1]]
         row += first_rows[-1]
         _nf4_dequant_kernel[(first_programs[-1] + tail_programs,)](
