@@ -123,7 +123,8 @@ def _training(
     return {"fwd": forward, "fwd+bwd": forward_backward}[mode]
 
 
-def _frozen(w: Tensor) -> nn.Linear:
+def frozen(w: Tensor) -> nn.Linear:
+    """A linear layer without bias over w [N, K], which has no gradient."""
     layer = nn.Linear(w.shape[1], w.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(w, requires_grad=False)
     return layer
@@ -139,7 +140,7 @@ def _set_adapter(layer: nn.Module, problem: LinearProblem) -> dict[str, Tensor]:
 
 
 def _dense(problem: LinearProblem, mode: str) -> Call:
-    return _training(_frozen(problem.weight.decoded), problem, mode, {})
+    return _training(frozen(problem.weight.decoded), problem, mode, {})
 
 
 def _fastlora(problem: LinearProblem, mode: str) -> Call:
@@ -152,7 +153,8 @@ def _fastlora_lora(problem: LinearProblem, mode: str, dropout: float) -> Call:
     return _training(layer, problem, mode, _set_adapter(layer, problem))
 
 
-def _bitsandbytes_layer(problem: LinearProblem) -> nn.Module:
+def bitsandbytes_layer(problem: LinearProblem) -> nn.Module:
+    """bitsandbytes' layer over the problem's NF4 bytes."""
     from bitsandbytes.nn import Linear4bit as BnbLinear4bit
     from bitsandbytes.nn import Params4bit
 
@@ -165,15 +167,19 @@ def _bitsandbytes_layer(problem: LinearProblem) -> nn.Module:
 
 
 def _bitsandbytes(problem: LinearProblem, mode: str) -> Call:
-    return _training(_bitsandbytes_layer(problem), problem, mode, {})
+    return _training(bitsandbytes_layer(problem), problem, mode, {})
 
 
 def _peft_lora(problem: LinearProblem, mode: str, dropout: float) -> Call:
     from peft import LoraConfig, inject_adapter_in_model
 
-    model = nn.Sequential(_bitsandbytes_layer(problem))
+    model = nn.Sequential(bitsandbytes_layer(problem))
+    # transformers says so of its models; without it PEFT takes its class for dense layers
+    model.is_loaded_in_4bit = True
     config = LoraConfig(r=R, lora_alpha=ALPHA, lora_dropout=dropout, target_modules=["0"])
     layer = inject_adapter_in_model(config, model)[0]
+    for part in (layer.lora_A, layer.lora_B):
+        part.float()  # PEFT made them in the compute dtype
     return _training(layer, problem, mode, _set_adapter(layer, problem))
 
 

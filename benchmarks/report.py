@@ -100,7 +100,21 @@ def write_json(path: Path, facts: Mapping[str, Any], options: Options, cases: li
         "options": asdict(options),
         "cases": [asdict(case) for case in cases],
     }
-    text = json.dumps(_without_nan(content), indent=1, allow_nan=False) + "\n"
+    write_text(path, to_json(content))
+
+
+def to_json(content: Any) -> str:
+    """JSON text; NaN and infinity, which it has no numbers for, become text."""
+    return json.dumps(_without_nan(content), indent=1, allow_nan=False) + "\n"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file; a reader finds the old file or the whole new one, never a part.
+
+    Args:
+        path: in a folder that exists.
+        text: all of it.
+    """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with part.open("w") as file:
@@ -113,7 +127,6 @@ def write_json(path: Path, facts: Mapping[str, Any], options: Options, cases: li
 
 
 def _without_nan(value: Any) -> Any:
-    """NaN and infinity as text, which JSON has no numbers for."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):

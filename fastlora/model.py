@@ -1,16 +1,25 @@
 """What is done to a whole model: quantise it, add adapters, switch, merge and remove them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-from fastlora import targets
+from fastlora import siblings, targets
 from fastlora.config import LoraConfig
 from fastlora.nf4 import quantize_nf4
-from fastlora.nn import Linear4bit, LoraLinear, SavedModule, disabled, is_conv1d
+from fastlora.nn import (
+    Linear4bit,
+    LoraLinear,
+    SavedModule,
+    disabled,
+    group_layers,
+    is_conv1d,
+    keep_group,
+    ungroup,
+)
 
 _STATE = "fastlora_state"
 
@@ -272,34 +281,46 @@ def unload_lora(model: nn.Module) -> nn.Module:
     return model
 
 
-def prepare_for_training(model: nn.Module, gradient_checkpointing: bool = False) -> nn.Module:
+def prepare_for_training(
+    model: nn.Module,
+    gradient_checkpointing: bool = False,
+    group: bool | Sequence[Sequence[str]] = True,
+) -> nn.Module:
     """Make a model ready for training, in place; before or after `add_lora`.
 
     Args:
         model: with or without adapters.
         gradient_checkpointing: recompute activations in the backward: transformers' checkpointing,
             non-reentrant, with inputs that ask for gradients, so that no layer stays without.
+        group: whether layers that read the same input (q, k, v; gate, up) compute together, found
+            by their usual names (`siblings.SIBLINGS`); or tuples of names. Replaces earlier groups.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: checkpointing is asked for on a model that has no method for it.
+        ValueError: checkpointing is asked for on a model that has no method for it, or `group`
+            names layers that there are not. Nothing is changed.
     """
     root = unwrap(model)
+    groups = siblings.find(root, group)
+    # transformers renamed the method and warns about the old name
+    new, old = "activation_checkpointing_enable", "gradient_checkpointing_enable"
+    enable = getattr(root, new, None) or getattr(root, old, None)
+    if gradient_checkpointing and not (enable and hasattr(root, "enable_input_require_grads")):
+        raise ValueError(
+            f"gradient_checkpointing=True needs a transformers model, got {type(root).__name__}: "
+            "call torch.utils.checkpoint in its forward instead"
+        )
+    for module in root.modules():
+        ungroup(module)
+    for parent, names in groups:
+        group_layers(parent, names)
     config = getattr(root, "config", None)
     if getattr(config, "use_cache", False):
         config.use_cache = False
     if not gradient_checkpointing:
         return model
-    # transformers renamed the method and warns about the old name
-    new, old = "activation_checkpointing_enable", "gradient_checkpointing_enable"
-    enable = getattr(root, new, None) or getattr(root, old, None)
-    if enable is None or not hasattr(root, "enable_input_require_grads"):
-        raise ValueError(
-            f"gradient_checkpointing=True needs a transformers model, got {type(root).__name__}: "
-            "call torch.utils.checkpoint in its forward instead"
-        )
     enable({"use_reentrant": False})
     if not hasattr(root, "_require_grads_hook"):  # transformers does it for text models only
         root.enable_input_require_grads()
@@ -389,6 +410,7 @@ def _slots(root: nn.Module) -> Slots:
 
 
 def _replace(slots: Slots, old: nn.Module, new: nn.Module) -> None:
+    keep_group(old, new)
     for parent, name in slots[id(old)]:
         setattr(parent, name, new)
 

@@ -94,7 +94,7 @@ DEVICES = {
 }
 _OTHER = DEVICES["A100"]
 
-PLAIN = Path("addmm", "tail", "this backend has one path")
+PLAIN = Path("addmm", "tail", "the one path of this backend")
 
 
 def choose(backend: str, device: torch.device, problem: Problem) -> Path:

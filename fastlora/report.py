@@ -1,14 +1,16 @@
 """What a model looks like: parameters that train, and per layer which path runs and why."""
 
 from collections.abc import Iterator
+from dataclasses import astuple, dataclass, fields
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from fastlora import backend, targets
+from fastlora import backend, plan, targets
 from fastlora.model import adapters_of, original_of, state_of, unwrap
-from fastlora.nn import Linear4bit, LoraLinear
+from fastlora.nn import Linear4bit, LoraLinear, group_of
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -45,31 +47,56 @@ def print_trainable_parameters(model: nn.Module) -> None:
     print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
 
 
-def explain(model: nn.Module) -> None:
-    """Print a table: for each linear layer its kind, adapters, backend, and why it was left out.
+@dataclass(frozen=True)
+class Row:
+    """What `explain` says of one linear layer, ready to print.
+
+    Attributes:
+        layer: its path in the model.
+        weight: kind of weight, such as "nf4 64 nested".
+        adapters: names; the active one has a star.
+        group: names of the layers it computes together with, itself among them.
+        backend: what runs it; "torch" where we do not.
+        path: how the LoRA term joins forward and dx, as `plan` names it; empty where we do not run.
+        reason: why no faster path runs, and why it was not quantised or has no adapter.
+    """
+
+    layer: str
+    weight: str
+    adapters: str
+    group: str
+    backend: str
+    path: str
+    reason: str
+
+
+def explain(model: nn.Module, tokens: int = 8192) -> None:
+    """Print a table: for each linear layer what it holds, which path runs, and why no faster one.
 
     Args:
         model: any module.
+        tokens: batch size times sequence length, which the path depends on.
     """
-    table = Table(title=type(unwrap(model)).__name__)
-    rows = [*explain_rows(model)]
-    longest = max((len(path) for path, *_ in rows), default=0)
+    table = Table(title=f"{type(unwrap(model)).__name__}, {tokens} tokens")
+    rows = [*explain_rows(model, tokens)]
+    longest = max((len(row.layer) for row in rows), default=0)
     table.add_column("layer", overflow="fold", min_width=min(longest, 48))
-    for heading in ("weight", "adapters", "backend", "reason"):
-        table.add_column(heading)
+    for field in fields(Row)[1:]:
+        table.add_column(field.name)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*astuple(row))
     Console().print(table)
 
 
-def explain_rows(model: nn.Module) -> Iterator[tuple[str, str, str, str, str]]:
+def explain_rows(model: nn.Module, tokens: int = 8192) -> Iterator[Row]:
     """The rows of `explain`.
 
     Args:
         model: any module.
+        tokens: batch size times sequence length.
 
     Yields:
-        Path, kind of weight, adapters (the active one has a star), backend, reasons.
+        One row for each linear layer, in the order of the model.
     """
     root = unwrap(model)
     state = state_of(root)
@@ -78,18 +105,57 @@ def explain_rows(model: nn.Module) -> Iterator[tuple[str, str, str, str, str]]:
             continue
         layer, names = site.module, adapters_of(site.module)
         base = original_of(layer) if names else layer
-        ours = isinstance(layer, LoraLinear | Linear4bit)
-        device = next(base.parameters()).device
-        runs = backend.name_for(device) if ours else "torch"
         active = layer.active_adapter if names else None
-        reasons = []
+        runs, path, reasons = "torch", "", []
+        if isinstance(layer, LoraLinear | Linear4bit):
+            device = next(base.parameters()).device
+            runs = backend.name_for(device)
+            chosen = _path(layer, runs, device, tokens)
+            path = f"{chosen.forward}, {chosen.dx}"
+            reasons.append(_why_no_faster(runs, device) or chosen.reason)
         if not isinstance(base, Linear4bit) and site.path in state.dense:
             reasons.append(f"not quantised: {state.dense[site.path]}")
         if state.configs and not names:
             why = state.unadapted.get(site.path, site.obstacle or "no target of any adapter")
             reasons.append(f"no adapter: {why}")
-        shown = ", ".join(f"{name}*" if name == active else name for name in names)
-        yield site.path, _kind(base), shown, runs, "; ".join(reasons)
+        yield Row(
+            layer=site.path,
+            weight=_kind(base),
+            adapters=", ".join(f"{name}*" if name == active else name for name in names),
+            group=", ".join(_siblings(layer)),
+            backend=runs,
+            path=path,
+            reason="; ".join(reasons),
+        )
+
+
+def _siblings(layer: nn.Module) -> tuple[str, ...]:
+    group = group_of(layer) if isinstance(layer, LoraLinear | Linear4bit) else None
+    return () if group is None else group.names
+
+
+def _path(layer: nn.Module, runs: str, device: torch.device, tokens: int) -> plan.Path:
+    """What `plan` chooses for a training step of the layer, with those that it computes for."""
+    group = group_of(layer)
+    layers = [layer] if group is None else [getattr(group.parent, name) for name in group.names]
+    ours = [part for part in layers if isinstance(part, LoraLinear | Linear4bit)]
+    dropout = max((p.lora_dropout[p.active_adapter] for p in ours if _adapter(p)), default=0.0)
+    itemsize = 2 if device.type == "cuda" else layer.weight.element_size()
+    problem = plan.problem(tokens, [part.member() for part in ours], dropout, itemsize)
+    return plan.choose(runs, device, problem)
+
+
+def _adapter(layer: nn.Module) -> str | None:
+    return layer.active_adapter if isinstance(layer, LoraLinear) else None
+
+
+def _why_no_faster(runs: str, device: torch.device) -> str:
+    """Why the backend is not the one before it; empty if it is the first that a device can have."""
+    wanted = "cpu" if device.type == "cpu" else "triton"
+    if runs in (wanted, "triton"):
+        return ""
+    why = backend.why_not(wanted, device) or "FASTLORA_BACKEND says so"
+    return f"not {wanted}: {why}"
 
 
 def _kind(base: nn.Module) -> str:

@@ -195,21 +195,7 @@ def partial_da(
     dx: Tensor | None = None,
     config: triton.Config | None = None,
 ) -> Tensor:
-    """Launch the first pass of ds^T (mask x).
-
-    Args:
-        x: [M, K], fp32, fp16 or bf16.
-        ds: [M, R], dtype of `x`.
-        order: of the result's dimensions, "rk" or "kr".
-        state: int64 [2]. Dropout state, None where `threshold` is 0.
-        threshold: round(p * 65536), no unit.
-        a: [R, K], dtype of `x`, or None where dx is.
-        dx: [M, K], dtype of `x`, or None. mask * (ds a) is added in place.
-        config: None for the default of the device.
-
-    Returns:
-        fp32 [splits, R, K] or [splits, K, R]: parts to be added up; no part where M is 0.
-    """
+    """First pass: fp32 parts [splits, R, K], or [splits, K, R] for order "kr"; none if M is 0."""
     (M, K), R = x.shape, ds.shape[1]
     config = config or configs(arch(), R, x.element_size(), threshold > 0, dx is not None)[0]
     block_m, block_k, block_r = (config.kwargs[f"BLOCK_{dim}"] for dim in "MKR")

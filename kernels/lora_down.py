@@ -148,21 +148,7 @@ def project(
     x_aug: Tensor | None = None,
     config: triton.Config | None = None,
 ) -> list[Sum]:
-    """Launch the first pass of out = scale * (mask x) a^T; returns what the second has to add up.
-
-    Args:
-        x: [M, K], fp32, fp16 or bf16.
-        a: [R, K], dtype of `x`, any strides.
-        out: [M, R], dtype of `x`, out.
-        scale: factor of the result, no unit.
-        state: int64 [2]. Dropout state, None where `threshold` is 0.
-        threshold: round(p * 65536), no unit.
-        x_aug: [M, K + R], dtype of `x`, out, or None.
-        config: None for the default of the device.
-
-    Returns:
-        Arguments of `reduce`; empty where the result is complete.
-    """
+    """First pass of out = scale * (mask x) a^T, `a` of any strides: what `reduce` has to add up."""
     (M, K), R = x.shape, a.shape[0]
     if M == 0:
         return []

@@ -77,13 +77,13 @@ def _reduce_kernel(
     for part in tl.range(tl.where(second, count1, count0), loop_unroll_factor=4):
         acc += tl.load(ptrs + part * size, mask=mask, other=0.0)
     acc *= tl.where(second, scale1, scale0)
-    # the results may differ in dtype
+    # two names, because the results may differ in dtype
     if second:
-        out_ptrs = out1_ptr + offs_i[:, None] * stride_out1 + offs_j[None, :]
-        tl.store(out_ptrs, acc.to(out1_ptr.dtype.element_ty), mask=mask)
+        out1_ptrs = out1_ptr + offs_i[:, None] * stride_out1 + offs_j[None, :]
+        tl.store(out1_ptrs, acc.to(out1_ptr.dtype.element_ty), mask=mask)
     else:
-        out_ptrs = out0_ptr + offs_i[:, None] * stride_out0 + offs_j[None, :]
-        tl.store(out_ptrs, acc.to(out0_ptr.dtype.element_ty), mask=mask)
+        out0_ptrs = out0_ptr + offs_i[:, None] * stride_out0 + offs_j[None, :]
+        tl.store(out0_ptrs, acc.to(out0_ptr.dtype.element_ty), mask=mask)
 
 
 def reduce(sums: list[Sum]) -> None:

@@ -11,7 +11,7 @@ from helpers import DEVICE, FLOOR
 from model_helpers import MODELS, Block, Tied, gpt2, llama, logits, plain, tokens
 from torch import nn
 
-from fastlora import dequantize_nf4, quantize_nf4
+from fastlora import backend, dequantize_nf4, plan, quantize_nf4
 from fastlora.config import LoraConfig
 from fastlora.model import (
     add_lora,
@@ -425,21 +425,37 @@ def test_explain_says_what_runs_and_why_not(capsys, monkeypatch):
     model = quantize_model(llama(layers=1), skip_modules=("up_proj",))
     add_lora(model, LoraConfig(exclude_modules=["k_proj"]), "first")
     add_lora(model, LoraConfig(target_modules=["q_proj"]), "second")
-    rows = {row[0]: row[1:] for row in explain_rows(model)}
+    prepare_for_training(model)
+    rows = {row.layer: row for row in explain_rows(model)}
     q, k, up = (
         rows[f"model.layers.0.{n}"] for n in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj")
     )
-    assert q == ("nf4 64 nested", "first*, second", "reference", "")
-    assert k == ("nf4 64 nested", "", "reference", "no adapter: no target of any adapter")
-    assert up == ("float32", "first*", "reference", "not quantised: named in skip_modules")
-    assert rows["lm_head"] == (
-        "float32",
-        "",
-        "torch",
-        "not quantised: output embedding; no adapter: output embedding",
-    )
-    explain(model)
-    assert "lm_head" in capsys.readouterr().out
+    slow = "not cpu: FASTLORA_BACKEND says so"
+    assert (q.weight, q.adapters, q.backend) == ("nf4 64 nested", "first*, second", "reference")
+    assert (q.group, q.path, q.reason) == ("q_proj, k_proj, v_proj", "addmm, tail", slow)
+    assert (k.weight, k.adapters) == ("nf4 64 nested", "")
+    assert k.reason == f"{slow}; no adapter: no target of any adapter"
+    assert (up.weight, up.adapters, up.group) == ("float32", "first*", "gate_proj, up_proj")
+    assert up.reason == f"{slow}; not quantised: named in skip_modules"
+    head = rows["lm_head"]
+    assert (head.weight, head.adapters, head.backend, head.path) == ("float32", "", "torch", "")
+    assert head.reason == "not quantised: output embedding; no adapter: output embedding"
+    explain(model, tokens=512)
+    printed = capsys.readouterr().out
+    assert "lm_head" in printed
+    assert "512 tokens" in printed
+
+
+def test_explain_says_what_a_gpu_would_do(monkeypatch):
+    """The plan of an H200 for a model that lies here."""
+    model = add_lora(quantize_model(llama(layers=1)), LoraConfig(r=8, lora_dropout=0.1))
+    prepare_for_training(model)
+    monkeypatch.setattr(backend, "name_for", lambda device: "triton")
+    monkeypatch.setattr(plan, "device_kind", lambda device: "NVIDIA H200")
+    for row in explain_rows(model):
+        if row.backend == "triton":
+            assert row.path
+            assert "not measured on NVIDIA H200" in row.reason
 
 
 def test_wrapped_models_are_unwrapped():

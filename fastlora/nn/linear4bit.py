@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlora import ops
 from fastlora.codebooks import STATS_GROUP
 from fastlora.member import Member
 from fastlora.nf4 import FLOATS, NF4Weight, dequantize_nf4, quantize_nf4
+from fastlora.nn.group import GroupedLinear
 
 _BYTES = ("qweight", "absmax", "absmax2", "code2", "offset")  # order of NF4Weight.tensors()
 
 
-class Linear4bit(nn.Linear):
+class Linear4bit(GroupedLinear):
     """A frozen linear layer whose weight is kept in NF4 and decoded in each forward and backward.
 
     The weight lives in plain uint8 parameters without gradient: `qweight` [N, K/2] (flat when K is
@@ -174,9 +174,9 @@ class Linear4bit(nn.Linear):
         """The layer as `ops.linear_group` takes it."""
         return Member(self.nf4, self.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """y [..., N] = x w^T + bias for x [..., K]; see `ops.linear_group`."""
-        return ops.linear_group(x, [self.member()])[0]
+    def sources(self) -> list[Tensor]:
+        """All tensors that the output depends on, beside x; the weight is the first."""
+        return [part for part in self._parameters.values() if part is not None]
 
     def reset_parameters(self) -> None:
         """Random weights as `nn.Linear` has them, quantised; nothing on the meta device."""

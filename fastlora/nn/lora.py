@@ -6,12 +6,12 @@ import sys
 import torch
 from torch import Tensor, nn
 
-from fastlora import ops
 from fastlora.member import Member
+from fastlora.nn.group import GroupedLinear, Settings
 from fastlora.nn.linear4bit import Linear4bit
 
 
-class LoraLinear(nn.Linear):
+class LoraLinear(GroupedLinear):
     """A frozen linear layer with LoRA adapters: y = x w^T + bias + scaling * drop(x) a^T b^T.
 
     Parts are named as in PEFT: `base_layer`, `lora_A.<adapter>.weight` [R, K],
@@ -191,6 +191,34 @@ class LoraLinear(nn.Linear):
         """Name of the adapter that a forward applies; None inside `disabled` or without one."""
         return None if self.disabled_depth else self.active_adapter
 
+    @property
+    def keeper(self) -> nn.Module:
+        """The base layer, which remembers the group while adapters come and go."""
+        return self._modules["base_layer"]
+
+    @property
+    def runs_itself(self) -> bool:
+        """Whether an adapter runs; else the base layer is called."""
+        return self.running_adapter is not None
+
+    @property
+    def lora(self) -> Settings | None:
+        """Running adapter, its dropout probability now, its scale; None without one."""
+        name = self.running_adapter
+        if name is None:
+            return None
+        return name, self.lora_dropout[name] if self.training else 0.0, self.scaling[name]
+
+    def sources(self) -> list[Tensor]:
+        """All tensors that the output depends on, beside x; the weight is the first."""
+        base, name = self.keeper, self.running_adapter
+        tensors = base.sources() if isinstance(base, Linear4bit) else [base.weight]
+        if base.bias is not None and not isinstance(base, Linear4bit):
+            tensors.append(base.bias)
+        if name is not None:
+            tensors += [part[name].weight for part in (self.lora_A, self.lora_B)]
+        return tensors
+
     def member(self) -> Member:
         """The layer with its running adapter as `ops.linear_group` takes it."""
         quantised = isinstance(self.base_layer, Linear4bit)
@@ -201,12 +229,9 @@ class LoraLinear(nn.Linear):
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
         return Member(weight, self.bias, a, b, self.scaling[name])
 
-    def forward(self, x: Tensor) -> Tensor:
-        """y [..., N] for x [..., K]; see `ops.lora_linear`."""
-        name = self.running_adapter
-        if name is None:
-            return self.base_layer(x)
-        return ops.linear_group(x, [self.member()], self.lora_dropout[name], self.training)[0]
+    def alone(self, x: Tensor) -> Tensor:
+        """y [..., N] for x [..., K], without a group: of the base layer where no adapter runs."""
+        return self.base_layer(x) if self.running_adapter is None else super().alone(x)
 
     def extra_repr(self) -> str:
         """What `print` shows beside the class name."""
