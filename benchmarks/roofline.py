@@ -289,7 +289,7 @@ def _ds_db(problem: Problem, N: int, r: int, gpu: Gpu) -> Iterator[Step]:
 
 def _stacked_a(problem: Problem) -> Step:
     n, down = len(problem.R), sum(problem.R) * problem.K
-    return Step("a to 16 bit, stacked", n + (n > 1), rest=(6 + 4 * (n > 1)) * down)
+    return Step("a stacked, to 16 bit", 1 + (n > 1), rest=(6 + 8 * (n > 1)) * down)
 
 
 def _splits(blocks: int, steps: int, waves: int, gpu: Gpu) -> int:

@@ -169,8 +169,10 @@ def backward(
 
 def _stacked_a(members: Sequence[Member], dtype: torch.dtype) -> Tensor | None:
     """[R, K], the down-projections under one another; None without LoRA."""
-    parts = [m.a.to(dtype) for m in members if m.R]
-    return None if not parts else parts[0] if len(parts) == 1 else torch.cat(parts)
+    parts = [m.a for m in members if m.R]
+    if not parts:
+        return None
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(dtype)
 
 
 def _ranks(members: Sequence[Member]) -> Iterator[slice]:
