@@ -28,6 +28,8 @@ def _config(
 
 # for fp32, which the matrix units cannot multiply exactly
 _FP32 = _config("pointers", 64, 64, 16, 1, 4, 2)
+# for rows that begin anywhere, read element by element: many addresses
+_UNALIGNED = _config("pointers", 64, 64, 32, 1, 8, 2)
 _INTERPRET = (
     _config("tma", 32, 32, 16, 2, 4, 1),
     _config("pointers", 16, 32, 32, 1, 4, 1),
@@ -35,24 +37,26 @@ _INTERPRET = (
 )
 
 
-def configs(arch: str, R: int, itemsize: int = 2, tma: bool = True) -> tuple[triton.Config, ...]:
+def configs(
+    arch: str, R: int, itemsize: int = 2, aligned: bool = True
+) -> tuple[triton.Config, ...]:
     """Configurations, the default first.
 
     Args:
         arch: key of `common.SHARED_BYTES`.
         R: rank.
         itemsize: bytes of an element of x and w.
-        tma: whether TMA can read x and w and write y.
+        aligned: whether the rows of x, w and y begin at multiples of 16 bytes.
 
     Returns:
         At least one.
     """
     if arch == "interpret":
-        return _INTERPRET if tma else _INTERPRET[1:]
-    if itemsize == 4:
-        return (_FP32,)
+        return _INTERPRET if aligned else _INTERPRET[1:]
+    if itemsize == 4 or not aligned:
+        return (_FP32 if itemsize == 4 else _UNALIGNED,)
     narrow = R <= 64  # more ranks at once would spill
-    if arch in ("sm_90", "sm_100") and tma:
+    if arch in ("sm_90", "sm_100"):
         found = [_config("tma", 128, 256, 64, 4 if narrow else 8, 8, 4)]
         # two programs a multiprocessor: one multiplies while the other finishes its tile
         found += [_config("tma", 128, 128, 64, 4 if narrow else 8, 4, 3)]
@@ -68,22 +72,6 @@ def configs(arch: str, R: int, itemsize: int = 2, tma: bool = True) -> tuple[tri
     else:
         found = [_config("pointers", 128, 64, 64, 2, 8, 3)]
     return tuple(found)
-
-
-def fits(arch: str, N: int, K: int, itemsize: int) -> bool:
-    """Whether the weight suits the fast form on `arch`; the other form takes any weight.
-
-    Args:
-        arch: key of `common.SHARED_BYTES`.
-        N: out_features.
-        K: in_features.
-        itemsize: bytes of an element.
-
-    Returns:
-        False where TMA is fast and cannot read rows of this length, and for fp32.
-    """
-    rows_fit = N * itemsize % 16 == 0 and K * itemsize % 16 == 0
-    return itemsize == 2 and (rows_fit or arch not in ("sm_90", "sm_100"))
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -281,7 +269,7 @@ def _launch(x, w, s, up, bias, state, y, factor, threshold, backward, config) ->
     if y.numel() == 0:
         return
     if config is None:
-        config = configs(arch(), R, x.element_size(), all(map(_tma_can, (x, w, y))))[0]
+        config = configs(arch(), R, x.element_size(), all(map(_aligned, (x, w, y))))[0]
     meta = config.kwargs
     programs = triton.cdiv(M, meta["BLOCK_M"]) * triton.cdiv(N, meta["BLOCK_N"])
     strides = [t.stride(0) for t in (x, w, s, up, y)]
@@ -314,7 +302,7 @@ def _launch(x, w, s, up, bias, state, y, factor, threshold, backward, config) ->
     )
 
 
-def _tma_can(matrix: torch.Tensor) -> bool:
-    """Whether TMA can read the rows of this matrix."""
+def _aligned(matrix: torch.Tensor) -> bool:
+    """Whether every row begins at a multiple of 16 bytes."""
     pitch = matrix.stride(0) * matrix.element_size()
     return matrix.numel() > 0 and matrix.data_ptr() % 16 == 0 and pitch % 16 == 0

@@ -34,7 +34,7 @@ def configs(
     Returns:
         The default and candidates for tuning.
     """
-    block_r = min(256, max(16, triton.next_power_of_2(R)))
+    block_r = min(256 if itemsize == 2 else 64, max(16, triton.next_power_of_2(R)))
 
     def config(form: str, m: int, k: int, warps: int, stages: int) -> triton.Config:
         blocks = {"FORM": form, "BLOCK_M": m, "BLOCK_K": k, "BLOCK_R": block_r}
@@ -43,7 +43,7 @@ def configs(
     if arch == "interpret":
         return config("rk", 16, 32, 4, 1), config("kr", 32, 16, 4, 1)
     if itemsize == 4:  # no tensor cores, twice the shared memory
-        return (config("rk", 32, 32, 4 if R <= 64 else 8, 2),)
+        return (config("rk", 16 if dx else 32, 32, 8, 2),)
     warps = 4 if R <= 64 else 8
     if arch == "gfx942":
         return config("kr", 64, 64, warps, 2), config("rk", 64, 64, warps, 2)
