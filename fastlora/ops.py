@@ -139,7 +139,9 @@ def _forward(
     with backend.on(x.device):
         impl, path = _choose(tokens, members, p)
         ys, s = passes.forward(impl, path, tokens, members, state, p)
-    return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys], s
+    # no views, or an operation in place on an output would be an error
+    unfold = torch.ops.aten._unsafe_view.default
+    return [unfold(y, [*x.shape[:-1], y.shape[-1]]) for y in ys], s
 
 
 def _backward(

@@ -162,8 +162,9 @@ def backward(
         dx = impl.lora_bwd_dx(dx, ds, a, state, p)
     elif needs_da:
         da = impl.lora_bwd_da(x, ds, state, p)
-    for m, grad, need, rows in zip(members, grads, needs, ranks, strict=True):
-        grad.da = da[rows].to(m.a.dtype) if need.da else None
+    for i in used:
+        if needs[i].da:
+            grads[i].da = da[ranks[i]].to(members[i].a.dtype)
     return dx, grads
 
 

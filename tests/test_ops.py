@@ -180,6 +180,17 @@ def test_expanded_gradient_and_many_leading_dimensions():
     torch.testing.assert_close(one, y[0, 0, 0])
 
 
+@pytest.mark.parametrize("shape", [(5, 64), (2, 5, 64)])
+def test_outputs_may_be_changed_in_place(shape):
+    t = make(10, 64, 32, 4, torch.float32)
+    x = torch.randn(shape, device=DEVICE, requires_grad=True)
+    a = t["a"].requires_grad_()
+    y = ops.lora_linear(x, fastlora.quantize_nf4(t["w"]), a, t["b"], 2.0)
+    expected = torch.autograd.grad(y.relu().sum(), [x, a], retain_graph=True)
+    for got, value in zip(torch.autograd.grad(y.relu_().sum(), [x, a]), expected, strict=True):
+        assert torch.equal(got, value)
+
+
 KNOWN_ANSWERS = [  # seed, offset, row, 16-bit numbers of elements 0..9
     (0, 0, 0, "b709 5f6f 3f64 0d89 1f81 4f12 0a48 4f73 586e 983a"),
     (0x1234567890ABCDEF, 5, 3, "e559 2a04 da2d 5a79 d683 d38c 9464 149c 93fe f8c0"),

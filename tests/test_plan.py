@@ -1,4 +1,4 @@
-"""Which path is chosen: by the roofline, or by what was measured, and always for a stated reason."""
+"""Which path is chosen: by the roofline or by what was measured, and for a stated reason."""
 
 import json
 from dataclasses import replace

@@ -19,6 +19,9 @@ class LoraLinear(GroupedLinear):
 
     Source: Hu et al. 2021, arXiv:2106.09685.
 
+    Attributes:
+        disabled_depth: how many `disabled` blocks the layer is in; an attribute guards graphs.
+
     Args:
         base: `nn.Linear`, `Linear4bit`, or transformers' `Conv1D` (its weight is read transposed).
         r: rank R of the first adapter.
@@ -36,7 +39,7 @@ class LoraLinear(GroupedLinear):
         ValueError: an adapter setting is out of range.
     """
 
-    disabled_depth = 0  # how many `disabled` blocks the layer is in; an attribute guards graphs
+    disabled_depth = 0
 
     def __init__(
         self,

@@ -9,12 +9,15 @@ from torch import nn
 class SavedModule(nn.Module):
     """A module with one trained copy per adapter, PEFT's `modules_to_save`.
 
+    Attributes:
+        disabled_depth: how many `disabled` blocks the module is in.
+
     Args:
         original: the module, kept untouched.
         adapter_name: the first adapter.
     """
 
-    disabled_depth = 0  # how many `disabled` blocks the module is in
+    disabled_depth = 0
 
     def __init__(self, original: nn.Module, adapter_name: str = "default") -> None:
         super().__init__()
