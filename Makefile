@@ -5,7 +5,9 @@ GPU := $(shell command -v nvidia-smi || command -v rocm-smi)
 # without a GPU a fixed version, so that no newer one pulls gigabytes of CUDA in
 TORCH ?= $(if $(GPU),torch,torch==2.13.0)
 PYTEST_ARGS ?=
-KERNEL_TESTS ?= tests/kernels tests/test_linear_group.py
+KERNEL_TESTS ?= tests/kernel tests/test_linear_group.py
+# one process a core; on a GPU they would share it. pytest-benchmark does not measure in parallel
+PARALLEL ?= $(if $(GPU),,-n auto --benchmark-disable)
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input
@@ -61,12 +63,12 @@ model: $(STAMP)-all
 		|| echo "note: no model, tests that need it skip"
 
 test: model
-	$(PY) -m pytest --durations=10 $(PYTEST_ARGS)
+	$(PY) -m pytest $(PARALLEL) --durations=10 $(PYTEST_ARGS)
 	$(MAKE) test-kernels
 
 # Triton decides at import whether it interprets, so these tests have a process of their own
 test-kernels: $(STAMP)-all
-	TRITON_INTERPRET=1 $(PY) -m pytest --durations=5 $(KERNEL_TESTS)
+	TRITON_INTERPRET=1 $(PY) -m pytest $(PARALLEL) --durations=5 $(KERNEL_TESTS)
 
 test-slow: model
 	$(PY) -m pytest --durations=10 -m slow $(PYTEST_ARGS)

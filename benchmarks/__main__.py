@@ -27,7 +27,7 @@ def compile_report(
 ) -> None:
     """Compile every kernel for every kind of device, which takes none, and show what came out.
 
-    Takes half an hour on two cores, a minute when Triton's cache has all of it. The exit code is 1
+    Takes a quarter of an hour on two cores, a minute when Triton's cache has all of it. The exit code is 1
     if a default configuration has a problem.
     """
     from fastlora.benchmarks import aot

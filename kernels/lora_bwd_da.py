@@ -45,17 +45,18 @@ def configs(
     if itemsize == 4:  # no tensor cores, twice the shared memory
         return (config("rk", 16 if dx else 32, 32, 8, 2),)
     warps = 4 if R <= 64 else 8
+    mma_sync = arch in ("sm_80", "sm_86")
     if arch == "gfx942":
         return config("kr", 64, 64, warps, 2), config("rk", 64, 64, warps, 2)
-    if arch in ("sm_80", "sm_86"):
-        if dx:
-            return config("rk", 32, 64, 4, 4), config("kr", 64, 64, 4, 3)
-        # cp.async fills operand A or a masked tile, operand B otherwise: x must be what it fills
-        form, m = "kr" if dropout else "rk", 128 if R <= 64 else 64
-        return config(form, m, 64, warps, 3), config(form, 64, 64, warps, 3)
+    if dx and mma_sync:
+        return config("rk", 32, 64, 4, 4), config("kr", 64, 64, 4, 3)
     if dx:
         return config("kr", 64, 64, 8, 3), config("kr", 64, 64, 4, 3)
-    return config("kr", 128 if R <= 64 else 64, 64, warps, 3), config("kr", 64, 64, 8, 3)
+    # wgmma wants "kr"; without it the form decides whether x comes by cp.async
+    form, warps = ("rk", 8) if mma_sync and not dropout else ("kr", warps)
+    if R > 64:
+        return (config(form, 64, 64, warps, 3),)
+    return config(form, 128, 64, warps, 3), config(form, 64, 64, warps, 3)
 
 
 @triton.jit(do_not_specialize=["threshold"])

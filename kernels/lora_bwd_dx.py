@@ -37,7 +37,7 @@ def configs(
     if arch == "interpret":
         return config(16, 32, 4, 1), config(32, 16, 4, 1)
     if itemsize == 4:  # no tensor cores, twice the shared memory
-        return (config(32, 32, 4, 2),)
+        return (config(32, 32, 8, 2),)
     return config(64, 64, 4 if R <= 64 else 8, 2), config(32, 128, 4, 2)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import DEVICE, DTYPES, assert_as_accurate
-from triton_helpers import needs_triton
+from triton_helpers import needs_triton, strided
 
 from fastlora import reference
 from fastlora.kernels import lora_down as k1
@@ -23,13 +23,6 @@ SHAPES = [  # M, K, R
     (7, 50, 256),
     (18, 40, 768),  # stacked adapters: three blocks of ranks
 ]
-
-
-def strided(rows, cols, dtype):
-    """Normal [rows, cols] out of a larger buffer; what lies around it is NaN."""
-    buffer = torch.full((rows + 1, cols + 3), float("nan"), device=DEVICE, dtype=dtype)
-    view = buffer[:rows, 1 : cols + 1]
-    return view.copy_(torch.randn(rows, cols))
 
 
 def run(M, K, R, dtype, p, index=0, augment=False):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import DEVICE, DTYPES, assert_as_accurate
-from triton_helpers import needs_triton
+from triton_helpers import needs_triton, strided
 
 from fastlora import reference
 from fastlora.kernels import lora_bwd_da as k6
@@ -24,13 +24,6 @@ SHAPES = [  # M, K or N, R
     (18, 40, 768),  # stacked adapters: several blocks of ranks
 ]
 SCALE = 0.7
-
-
-def strided(rows, cols, dtype):
-    """Normal [rows, cols] out of a larger buffer; what lies around it is NaN."""
-    buffer = torch.full((rows + 1, cols + 3), float("nan"), device=DEVICE, dtype=dtype)
-    view = buffer[:rows, 1 : cols + 1]
-    return view.copy_(torch.randn(rows, cols))
 
 
 def make(M, K, R, dtype, p=0.0):
