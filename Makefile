@@ -5,7 +5,7 @@ GPU := $(shell command -v nvidia-smi || command -v rocm-smi)
 # without a GPU a fixed version, so that no newer one pulls gigabytes of CUDA in
 TORCH ?= $(if $(GPU),torch,torch==2.13.0)
 PYTEST_ARGS ?=
-KERNEL_TESTS ?= tests/kernel tests/test_linear_group.py
+KERNEL_TESTS ?= tests/kernel tests/test_linear_group.py tests/test_ops.py
 # one process a core; on a GPU they would share it. pytest-benchmark does not measure in parallel
 PARALLEL ?= $(if $(GPU),,-n auto --benchmark-disable)
 

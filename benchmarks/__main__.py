@@ -27,8 +27,8 @@ def compile_report(
 ) -> None:
     """Compile every kernel for every kind of device, which takes none, and show what came out.
 
-    Takes a quarter of an hour on two cores, a minute when Triton's cache has all of it. The exit code is 1
-    if a default configuration has a problem.
+    Takes ten minutes on two cores, one when Triton's cache has all of it. The exit code is 1 if a
+    default configuration has a problem.
     """
     from fastlora.benchmarks import aot
     from fastlora.benchmarks import compile_report as report

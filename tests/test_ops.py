@@ -98,7 +98,7 @@ def test_lora_linear_with_dropout(shape, dtype, p):
     check(got, t, dtype, keep, round(p * 65536) / 65536, names=got.keys())
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("base", BASES)
 def test_fp32_adapters_over_16_bit(base, dtype):
     t = make(63, 130, 50, 16, dtype, adapter_dtype=torch.float32)
@@ -111,7 +111,7 @@ def test_fp32_adapters_over_16_bit(base, dtype):
             assert_as_accurate(got[name].to(dtype), e.to(dtype), x)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("base", BASES)
 def test_autocast(base, dtype):
     t = make(17, 64, 48, 4, torch.float32)
@@ -203,6 +203,8 @@ def test_dropout_known_answers(seed, offset, row, expected, backend_name):
     halves = reference.dropout_halves(state, row + 1, 10)[row]
     assert [f"{h:04x}" for h in halves.tolist()] == expected.split()
     # the mask of the backend, element by element: dropped iff below the threshold
+    if backend_name == "triton":
+        pytest.skip("its masks are compared in tests/kernel/test_dropout.py")
     drop = {"cpu": native.dropout, "reference": reference.dropout}[backend_name]
     for k, half in enumerate(halves.tolist()):
         x = torch.ones(row + 1, 10, device=DEVICE)
