@@ -337,8 +337,8 @@ def _tunable(sizes: Sizes) -> list[tuple]:
         ("K5 ds, db", MODES[:1], two, lambda drop: k5.configs(family, R), ds_db),
         ("K6 da", MODES, three, lambda drop: k6.configs(family, R, 2, drop), da),
         ("K7 dx", MODES[1:], five, lambda drop: k7.configs(family, R, 2, drop), dx),
-        ("GEMM y", MODES[:1], flops, lambda drop: gemm.configs(family, 2, tma), gemm_y),
-        ("GEMM dx", MODES[1:], flops, lambda drop: gemm.configs(family, 2, tma), gemm_dx),
+        ("GEMM y", MODES[:1], flops, lambda drop: gemm.configs(family, R, 2, tma), gemm_y),
+        ("GEMM dx", MODES[1:], flops, lambda drop: gemm.configs(family, R, 2, tma), gemm_dx),
     ]
     if R <= FUSED_RANK:
         fused = ("K6+K7 da, dx", MODES[1:], four)

@@ -85,8 +85,8 @@ def configs(arch: str) -> tuple[triton.Config, ...]:
     # gather has fewer instructions but barriers; others measured it fastest on Blackwell
     lookups = ("gather", "load") if arch == "sm_100" else ("load", "gather")
     # 8 weights a thread: small matrices, more programs; 64: large ones, more bytes in flight
-    lanes = 64 if arch == "gfx942" else 32
-    return tuple(_config(4 * lanes * n, lookup) for n in (32, 8, 64) for lookup in lookups)
+    lanes, each = (64, (32, 8)) if arch == "gfx942" else (32, (32, 8, 64))  # there 64 would spill
+    return tuple(_config(4 * lanes * n, lookup) for n in each for lookup in lookups)
 
 
 def _config(tile: int, lookup: str) -> triton.Config:
