@@ -134,7 +134,7 @@ class Row:
 def cases() -> tuple[Case, ...]:
     """Every kernel, in the order of the table; of each the plainest case comes first."""
     found = [*_nf4()]
-    for R in (16, 64, 128, 256):
+    for R in (8, 16, 48, 64, 128, 256):
         for threshold in (0, THRESHOLD):
             found += _lora(R, threshold)
     order = list(dict.fromkeys(case.kernel for case in found))
@@ -191,6 +191,16 @@ def _lora(R: int, threshold: int) -> Iterator[Case]:
             _empty(M, K), _empty(R, K), state, threshold, None, config
         ),
         tile=("BLOCK_M", "BLOCK_K"),
+    )
+    yield wide(
+        "lora_down",
+        variant=f"{variant}, beside x",
+        configs=lambda arch: lora_down.configs(arch, R, 2, drop),
+        launch=lambda config: lora_down.lora_down(
+            _empty(M, K), _empty(R, K), state, threshold, _empty(M, K + R), config
+        ),
+        tile=("BLOCK_M", "BLOCK_K"),
+        candidates=False,
     )
     if not drop:
         yield wide(

@@ -22,6 +22,7 @@ from fastlora.benchmarks.sheet import Sheet
 from fastlora.gpu import FUSED_RANK
 from fastlora.kernels import lora_bwd_da, lora_bwd_ds_db, lora_down
 from fastlora.kernels.nf4_dequant import MAX_WEIGHTS
+from fastlora.kernels.reduce import split
 from fastlora.plan import Path as Way
 from fastlora.plan import Problem
 
@@ -231,7 +232,7 @@ def _forward(problem: Problem, way: Way, gpu: Gpu) -> Iterator[Step]:
     yield _stacked_a(problem)
     block = lora_down.configs(gpu.arch, R, 2, problem.dropout)[0].kwargs
     blocks = ceil(M / block["BLOCK_M"]) * ceil(R / block["BLOCK_R"])
-    splits = _splits(blocks, ceil(K / block["BLOCK_K"]), 1, gpu)
+    splits, _ = split(blocks, ceil(K / block["BLOCK_K"]), 1, gpu.multiprocessors)
     yield Step("K1 s", 1, MK=2, rest=2 * R * K + 2 * M * R * ceil(R / block["BLOCK_R"]))
     if splits > 1:
         yield Step("K1 sum", 1, rest=8 * splits * M * R)
@@ -260,7 +261,7 @@ def _backward(problem: Problem, way: Way, gpu: Gpu) -> Iterator[Step]:
     yield Step("GEMM, added to dx", n, MK=2 * (n - 1))
     block = lora_bwd_da.configs(gpu.arch, R, 2, problem.dropout, fused)[0].kwargs
     blocks = ceil(K / block["BLOCK_K"]) * ceil(R / block["BLOCK_R"])
-    splits = _splits(blocks, ceil(M / block["BLOCK_M"]), 2, gpu)
+    splits, _ = split(blocks, ceil(M / block["BLOCK_M"]), 2, gpu.multiprocessors)
     yield Step("K6 da", 1, MK=2, rest=2 * M * R)
     yield Step("ds and a read", 0, rest=2 * M * R * (not fused) + 2 * R * K)
     yield Step("K6 sum", 1, rest=8 * splits * R * K + 4 * R * K)
@@ -277,11 +278,11 @@ def _ds_db(problem: Problem, N: int, r: int, gpu: Gpu) -> Iterator[Step]:
         yield Step("K5 ds and db apart", 2, MN=4 * share, rest=4 * M * r)
         block = lora_bwd_da.configs(gpu.arch, r)[0].kwargs
         blocks = ceil(N / block["BLOCK_K"]) * ceil(r / block["BLOCK_R"])
-        splits = _splits(blocks, ceil(M / block["BLOCK_M"]), 2, gpu)
+        splits, _ = split(blocks, ceil(M / block["BLOCK_M"]), 2, gpu.multiprocessors)
         yield Step("K5 sum", 1, rest=8 * splits * N * r + 4 * N * r)
         return
     blocks = ceil(N / config["BLOCK_N"])
-    splits = _splits(blocks, ceil(M / config["BLOCK_M"]), 2, gpu)
+    splits, _ = split(blocks, ceil(M / config["BLOCK_M"]), 2, gpu.multiprocessors)
     parts = 8 * blocks * r / N * share
     yield Step("K5 ds and db", 1, MN=2 * share, rest=2 * M * r)
     yield Step("K5 sum", 1, MN=parts, rest=8 * splits * N * r + 2 * M * r + 4 * N * r)
@@ -290,11 +291,6 @@ def _ds_db(problem: Problem, N: int, r: int, gpu: Gpu) -> Iterator[Step]:
 def _stacked_a(problem: Problem) -> Step:
     n, down = len(problem.R), sum(problem.R) * problem.K
     return Step("a stacked, to 16 bit", 1 + (n > 1), rest=(6 + 8 * (n > 1)) * down)
-
-
-def _splits(blocks: int, steps: int, waves: int, gpu: Gpu) -> int:
-    """As `kernels.reduce.split`, which asks the device that is there."""
-    return min(max(waves * gpu.multiprocessors // blocks, 1), steps)
 
 
 def _factors(problem: Problem) -> int:

@@ -19,7 +19,7 @@ from fastlora.kernels.common import INTERPRET
 # fastest first; a module is imported when it is first needed, so that Triton may be absent
 MODULES = {"triton": "fastlora.gpu", "cpu": "fastlora.cpu", "reference": "fastlora.reference"}
 
-# AMD's CDNA chips: what the kernels are compiled for and checked
+# AMD's CDNA chips; the kernels are compiled and checked for gfx942
 _AMD = ("gfx90a", "gfx942", "gfx950")
 
 

@@ -88,7 +88,8 @@ def linear_lora(
     x: Tensor, w: Tensor, bias: Tensor | None, s: Tensor, b: Tensor, scale: float
 ) -> Tensor:
     """y [M, N] = x w^T + bias + scale * s b^T, in one GEMM."""
-    return gemm.gemm_lora(x, w, s, b, scale, bias)
+    bias = None if bias is None else bias.contiguous()
+    return gemm.gemm_lora(x, _row_major(w), s, b.contiguous(), scale, bias)
 
 
 def lora_bwd_ds_db(dy: Tensor, b: Tensor, s: Tensor, scale: float, ds: Tensor) -> Tensor:
@@ -123,7 +124,13 @@ def linear_dx_lora(
     dy: Tensor, w: Tensor, ds: Tensor, a: Tensor, state: Tensor | None, p: float
 ) -> Tensor:
     """dx [M, K] = dy w + mask * (ds a), in one GEMM."""
-    return gemm.gemm_lora_dx(dy, w, ds, a.contiguous(), state, dropout_threshold(p))
+    w, a = _row_major(w), a.contiguous()
+    return gemm.gemm_lora_dx(dy, w, ds, a, state, dropout_threshold(p))
+
+
+def _row_major(w: Tensor) -> Tensor:
+    """The weight with neighbouring elements in its rows; `plan` avoids this path for others."""
+    return w if w.stride(1) == 1 else w.contiguous()
 
 
 def _packed(q: "NF4Weight") -> k0.Packed:

@@ -90,7 +90,7 @@ def linear_group(
         members: the layers, at least one; any mixture of kinds and ranks.
         dropout_p: probability of dropping an element of x on its way to the adapters, in [0, 1),
             rounded to a multiple of 1/65536.
-        training: whether to drop at all.
+        training: whether to drop at all; without adapters there is nothing to drop.
 
     Returns:
         [..., N] of each member, dtype of x (autocast's when on). Gradients flow to x and to every
@@ -100,8 +100,9 @@ def linear_group(
         ValueError: no members, shapes, dtypes or devices do not fit together, or dropout_p is out
             of range.
     """
-    if not members:
-        raise ValueError("members must hold at least one layer, got none")
+    kinds = [type(m).__name__ for m in members]
+    if {*kinds} != {"Member"}:
+        raise ValueError(f"members must hold at least one Member and nothing else, got {kinds}")
     dtype = _autocast_dtype(x.device)
     if dtype is not None:
         x, members = x.to(dtype), [_cast(m, dtype) for m in members]
@@ -236,6 +237,8 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+        if all(dy is None for dy in dys):
+            return (None,) * len(ctx.needs_input_grad)
         x, s, state, *tensors = ctx.saved_tensors
         flat = Flat(tensors, ctx.facts, ctx.scales)
         dx, *grads = _backward(dys, x, s, flat, state, ctx.p, ctx.x_shape, _needed(ctx))
@@ -340,6 +343,8 @@ def _op_backward(ctx: Any, dys: Sequence[Tensor | None]) -> tuple:
     needs_dx, needs, *_ = ctx.needs_input_grad
     *dys, _ = dys  # nothing is behind s
     used = [i for i, dy in enumerate(dys) if dy is not None]
+    if not used:
+        return None, [None] * len(tensors), None, None, None, None
     found = iter(
         _linear_backward_op(
             [dys[i] for i in used],

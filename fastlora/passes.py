@@ -112,7 +112,8 @@ def backward(
     Args:
         impl: the backend, a module with the ops of `reference`.
         path: which way, from `plan.choose`.
-        dys: [M, N] of each member, last dimension with stride 1; None where an output was not used.
+        dys: [M, N] of each member, last dimension with stride 1; None where an output was not used,
+            but not everywhere.
         x: [M, K]; None where neither da nor dw is needed.
         s: [M, R] from the forward; None without LoRA.
         members: those of the forward.
@@ -126,8 +127,6 @@ def backward(
     """
     used = [i for i, dy in enumerate(dys) if dy is not None]
     grads = [Grads() for _ in members]
-    if not used:
-        return None, grads
     dtype = dys[used[0]].dtype
     ranks = list(_ranks(members))
 

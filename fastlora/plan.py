@@ -5,7 +5,8 @@ joins it. Forward, y = x w^T + scale * s b^T:
 
     addmm    the GEMM, then y += scale * s b^T: y is read and written once more, 4MN bytes.
     augment  one GEMM over K + R columns: the weight is decoded beside scale * b, and the pass that
-             computes s also copies x beside s, 2MK bytes. NF4 weights only.
+             computes s also copies x beside s, 2MK bytes. NF4 weights only. In a group an Inf in
+             the s of one layer is a NaN in the others, since it meets the zeros of their columns.
     gemm     a Triton GEMM that adds s b^T after its loop: no extra bytes, another GEMM.
 
 Backward, dx = dy w + mask * (ds a):
@@ -59,6 +60,7 @@ class Problem:
         dropout: whether there is dropout.
         stackable: whether all weights are NF4 of one block size and kind of statistics.
         itemsize: bytes of an element of x.
+        row_major: whether the elements of each row of every weight are neighbours; not in a Conv1D.
     """
 
     M: int
@@ -68,6 +70,7 @@ class Problem:
     dropout: bool
     stackable: bool
     itemsize: int = 2
+    row_major: bool = True
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,7 @@ def problem(M: int, members: Sequence[Member], p: float, itemsize: int) -> Probl
         dropout=p > 0,
         stackable=len(kinds) == 1 and None not in kinds,
         itemsize=itemsize,
+        row_major=all(m.quantised or m.weight.stride(1) == 1 for m in members),
     )
 
 
@@ -183,7 +187,8 @@ def _choose(kind: str, problem: Problem) -> Path:
     return Path(
         min(forward, key=forward.get),
         min(dx, key=dx.get),
-        f"roofline: {_in_words(forward)} forward, {_in_words(dx)} for dx; not measured on {kind}",
+        f"roofline: {_in_words(forward)} forward, {_in_words(dx)} for dx; these sizes are "
+        f"not measured on {kind}",
     )
 
 
@@ -231,7 +236,8 @@ def dx_seconds(device: Device, problem: Problem) -> dict[Backward, float]:
 def _fits(problem: Problem) -> bool:
     """Whether the Triton GEMM takes these sizes: 16 bit, rows that are multiples of 16 bytes."""
     sizes = (*problem.N, problem.K, *problem.R)
-    return problem.itemsize == 2 and max(problem.R) <= 256 and not any(n % 8 for n in sizes)
+    wanted = problem.itemsize == 2 and problem.row_major
+    return wanted and max(problem.R) <= 256 and not any(n % 8 for n in sizes)
 
 
 def _in_words(seconds: dict[str, float]) -> str:

@@ -131,13 +131,12 @@ def explain_rows(model: nn.Module, tokens: int = 8192) -> Iterator[Row]:
 
 def _siblings(layer: nn.Module) -> tuple[str, ...]:
     group = group_of(layer) if isinstance(layer, LoraLinear | Linear4bit) else None
-    return () if group is None else group.names
+    return group.names if group is not None and layer in group.layers() else ()
 
 
 def _path(layer: nn.Module, runs: str, device: torch.device, tokens: int) -> plan.Path:
     """What `plan` chooses for a training step of the layer, with those that it computes for."""
-    group = group_of(layer)
-    layers = [layer] if group is None else [getattr(group.parent, name) for name in group.names]
+    layers = group_of(layer).layers() if _siblings(layer) else [layer]
     ours = [part for part in layers if isinstance(part, LoraLinear | Linear4bit)]
     dropout = max((p.lora_dropout[p.active_adapter] for p in ours if _adapter(p)), default=0.0)
     itemsize = 2 if device.type == "cuda" else layer.weight.element_size()

@@ -90,8 +90,8 @@ def _gemm_lora_kernel(
     threshold,
     stride_x_m,
     stride_w,
-    stride_s_m,
-    stride_up,
+    stride_s_m: tl.constexpr,  # small ranks: rows that are not 16 apart, and still vectors
+    stride_up: tl.constexpr,
     stride_y_m,
     R: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -303,6 +303,7 @@ def _launch(x, w, s, up, bias, state, y, factor, threshold, backward, config) ->
 
 
 def _aligned(matrix: torch.Tensor) -> bool:
-    """Whether every row begins at a multiple of 16 bytes."""
+    """Whether every row begins at a multiple of 16 bytes, and none in another one."""
     pitch = matrix.stride(0) * matrix.element_size()
-    return matrix.numel() > 0 and matrix.data_ptr() % 16 == 0 and pitch % 16 == 0
+    apart = matrix.stride(0) >= matrix.shape[1] > 0
+    return apart and matrix.data_ptr() % 16 == 0 and pitch % 16 == 0

@@ -73,7 +73,7 @@ def _lora_bwd_da_kernel(
     threshold,
     scale,  # of dx
     stride_x_m,
-    stride_ds_m,
+    stride_ds_m: tl.constexpr,  # small ranks: rows that are not 16 apart, and still vectors
     stride_dx_m,
     stride_parts_r,
     stride_parts_k,

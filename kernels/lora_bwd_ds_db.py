@@ -45,7 +45,8 @@ def configs(arch: str, R: int, itemsize: int = 2) -> tuple[triton.Config, ...]:
         return (APART,)
     if arch == "interpret":
         return config("rn", 16, 32, 4, 1), config("nr", 32, 16, 4, 1), APART
-    if itemsize == 4:  # no tensor cores, twice the shared memory
+    # no tensor cores, twice the shared memory; or parts without vectors, which spill
+    if itemsize == 4 or R % 4:
         return (APART,)
     if arch in ("sm_90", "sm_100"):
         return config("nr", 64, 512, 8, 2), config("nr", 64, 256, 8, 2), APART
@@ -67,7 +68,7 @@ def _lora_bwd_ds_db_kernel(
     N,
     m_chunk,  # rows of a part of db, a multiple of BLOCK_M
     stride_dy_m,
-    stride_s_m,
+    stride_s_m: tl.constexpr,  # small ranks: rows that are not 16 apart, and still vectors
     R: tl.constexpr,
     STAGES: tl.constexpr,
     FORM: tl.constexpr,  # "rn": db^T = s^T dy, cp.async for dy; "nr": db = dy^T s, all wgmma

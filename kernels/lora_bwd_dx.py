@@ -52,7 +52,7 @@ def _lora_bwd_dx_kernel(
     threshold,
     scale,
     stride_dx_m,
-    stride_ds_m,
+    stride_ds_m: tl.constexpr,  # small ranks: rows that are not 16 apart, and still vectors
     R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,

@@ -44,6 +44,10 @@ def configs(
         return (config(32, 32, 4 if R <= 64 else 8, 2),)
     # how much shared memory there is
     stages = {"gfx942": 2, "sm_86": 3}.get(arch, 4)
+    if arch == "gfx942" and dropout and R <= 64:  # wider blocks spill beside x_aug
+        return config(64, 64, 4, stages), config(128, 64, 8, stages)
+    if R <= 64 and arch == "sm_100":
+        return config(64, 128, 4, stages), config(128, 64, 8, 3)
     if R <= 64:
         return config(64, 128, 4, stages), config(128, 64, 8, stages)
     if R <= 128:
@@ -66,8 +70,8 @@ def _lora_down_kernel(
     stride_x_m,
     stride_a_r,
     stride_a_k,
-    stride_out_m,
-    stride_aug_m,
+    stride_out_m: tl.constexpr,  # small ranks: rows that are not 16 apart, and still vectors
+    stride_aug_m: tl.constexpr,
     R: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,

@@ -26,18 +26,20 @@ class Sum(NamedTuple):
     scale: float  # no unit
 
 
-def split(blocks: int, steps: int, waves: int) -> tuple[int, int]:
+def split(blocks: int, steps: int, waves: int, available: int | None = None) -> tuple[int, int]:
     """Cut a loop into parts, so that a grid fills the device.
 
     Args:
         blocks: programs of the grid without the split.
         steps: turns of the loop, at least 1.
         waves: programs a multiprocessor should get, at most.
+        available: multiprocessors, None for those of the device.
 
     Returns:
         Number of parts, and turns of each; the last part may have fewer, but never none.
     """
-    parts = min(max(waves * multiprocessors() // blocks, 1), steps)
+    available = multiprocessors() if available is None else available
+    parts = min(max(waves * available // max(blocks, 1), 1), max(steps, 1))
     turns = triton.cdiv(steps, parts)
     return triton.cdiv(steps, turns), turns
 

@@ -153,10 +153,54 @@ def test_an_output_that_is_not_used(backend, p, monkeypatch):
     assert all(g is None for g in both[4:])
 
 
+@pytest.mark.usefixtures("any_path_backend")
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: f"{path.forward}-{path.dx}")
+def test_operands_whose_rows_are_not_neighbours(path, monkeypatch):
+    """A Conv1D's transposed weight, transposed adapters, strided and expanded bias."""
+    monkeypatch.setattr(plan, "choose", lambda *_: path)
+    M, K, N, R = 24, 64, 32, 8
+    x, w = torch.randn(M, K, device=DEVICE), torch.randn(K, N, device=DEVICE).T
+    a, b = torch.randn(K, R, device=DEVICE).T, torch.randn(R, N, device=DEVICE).T
+    biases = torch.randn(N, 2, device=DEVICE)[:, 0], torch.randn(1, device=DEVICE).expand(N)
+    if path.forward == "augment":  # has no dense weights
+        w = fastlora.quantize_nf4(w)
+    dense = fastlora.dequantize_nf4(w) if path.forward == "augment" else w
+    for bias in biases:
+        leaf = x.clone().requires_grad_()
+        (y,) = ops.linear_group(leaf, [Member(w, bias, a, b, 0.5)])
+        torch.testing.assert_close(y, x @ dense.T + bias + 0.5 * (x @ a.T) @ b.T)
+        y.sum(0).sum().backward()  # dy is expanded
+        expected = (dense + 0.5 * b @ a).sum(0).expand(M, K)
+        torch.testing.assert_close(leaf.grad, expected, rtol=1e-4, atol=1e-4)
+
+
+class NoGradient(torch.autograd.Function):
+    """Gives no gradient, which autograd hands on."""
+
+    @staticmethod
+    def forward(ctx, y):
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return None
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_backward_without_any_gradient(compiled):
+    x = torch.randn(4, 64, device=DEVICE, requires_grad=True)
+    q = fastlora.quantize_nf4(torch.randn(8, 64, device=DEVICE))
+    run = torch.compile(ops.nf4_linear, backend="aot_eager") if compiled else ops.nf4_linear
+    NoGradient.apply(run(x, q)).sum().backward()
+    assert x.grad is None or not x.grad.any()
+
+
 def test_bad_groups():
     x, w, a = torch.zeros(2, 8), torch.zeros(4, 8), torch.zeros(2, 8)
-    with pytest.raises(ValueError, match="members must hold at least one layer, got none"):
+    with pytest.raises(ValueError, match=r"at least one Member and nothing else, got \[\]"):
         ops.linear_group(x, [])
+    with pytest.raises(ValueError, match=r"nothing else, got \['Tensor'\]"):
+        ops.linear_group(x, [w])
     with pytest.raises(ValueError, match=r"w \[N, K\], got \[2, 8\] and \[4, 9\]"):
         ops.linear_group(x, [Member(w), Member(torch.zeros(4, 9))])
     with pytest.raises(ValueError, match=r"given together, got a \[2, 8\] and b missing"):

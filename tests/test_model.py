@@ -458,6 +458,17 @@ def test_explain_says_what_a_gpu_would_do(monkeypatch):
             assert "not measured on NVIDIA H200" in row.reason
 
 
+def test_explain_of_layers_that_left_their_group():
+    model = quantize_model(llama(layers=1))
+    prepare_for_training(model)
+    attention = model.model.layers[0].self_attn
+    model.moved = copy.deepcopy(attention.q_proj)
+    del attention.v_proj
+    rows = {row.layer: row for row in explain_rows(model)}
+    assert rows["moved"].group == ""
+    assert rows["model.layers.0.self_attn.q_proj"].backend
+
+
 def test_wrapped_models_are_unwrapped():
     model = add_lora(plain(), random_lora(), "a")
     for wrapped in (torch.compile(model, backend="eager"), nn.DataParallel(model)):

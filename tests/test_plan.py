@@ -48,7 +48,7 @@ def test_what_cannot_run_is_not_chosen():
     assert "augment" not in plan.forward_seconds(h200, replace(GATE, R=(5,)))
     mixed = replace(GATE, N=(64, 64), R=(16, 0))
     assert "augment" not in plan.forward_seconds(h200, mixed)
-    for odd in ({"K": 4097}, {"R": (5,)}, {"itemsize": 4}, {"R": (512,)}):
+    for odd in ({"K": 4097}, {"R": (5,)}, {"itemsize": 4}, {"R": (512,)}, {"row_major": False}):
         assert "gemm" not in plan.forward_seconds(h200, replace(GATE, **odd))
         assert "gemm" not in plan.dx_seconds(h200, replace(GATE, **odd))
     assert "gemm" not in plan.dx_seconds(h200, mixed)

@@ -96,6 +96,12 @@ class Group:
         """The module whose children the members are."""
         return None if self._home is None else self._home()
 
+    def layers(self) -> list[nn.Module]:
+        """The children that are there now; none in a copy of a layer without its parent."""
+        parent = self.parent
+        children = () if parent is None else map(parent._modules.get, self.names)
+        return [child for child in children if child is not None]
+
     def members(
         self, layer: GroupedLinear, x: Tensor, autocast: bool
     ) -> "dict[GroupedLinear, _State]":
@@ -109,11 +115,9 @@ class Group:
         Returns:
             layer -> its state, in the group's order; empty if the caller cannot compute together.
         """
-        parent = self.parent
-        if parent is None or _has_any_global_hook():
+        if _has_any_global_hook():
             return {}
-        children = (parent._modules.get(name) for name in self.names)
-        states = {c: _State(c) for c in children if self._is_ready(c)}
+        states = {c: _State(c) for c in self.layers() if self._is_ready(c)}
         states = {c: state for c, state in states.items() if state.fits(layer, x, autocast)}
         if layer not in states:
             return {}
@@ -266,7 +270,7 @@ def _together(layer: GroupedLinear, x: Tensor) -> Tensor | None:
         if call is not None and not call.reads(x):
             call.end(layer, x)
         return None
-    context = autocast, _, hooks, _ = _context(x)
+    context = autocast, _, hooks, *_ = _context(x)
     if call is not None and call.reads(x):
         y = call.take(layer, context)
         if y is not None:
@@ -380,10 +384,12 @@ def _is_hooked(m: nn.Module) -> bool:
 def _context(x: Tensor) -> tuple:
     """What an output depends on beside x and the layer: its first entry is autocast's dtype.
 
-    Outputs that are made under other hooks on saved tensors, as by checkpointing, are not shared.
+    Outputs that are made under other hooks on saved tensors, as by checkpointing, or on another
+    stream are not shared.
     """
     kind, autocast = x.device.type, None
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         autocast = torch.get_autocast_dtype(kind)
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return autocast, torch.is_grad_enabled(), hooks, x.requires_grad
+    stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
+    return autocast, torch.is_grad_enabled(), hooks, x.requires_grad, stream
