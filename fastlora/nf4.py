@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo  # torch.compiler.disable, which imports all of dynamo
 
 from fastlora import backend
 from fastlora.codebooks import BLOCKSIZES, STATS_GROUP, dynamic_map, nf4_code
@@ -246,7 +247,7 @@ _META = "quant_state.bitsandbytes__nf4"  # JSON as uint8
 _BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 
 
-@torch.compiler.disable
+@_disable_dynamo  # traced into, the C++ calls would give garbage
 def quantize_nf4(w: Tensor, blocksize: int = 64, double_quant: bool = True) -> NF4Weight:
     """Quantise a weight to NF4: 4.5 bits per weight, 4.127 with double quantisation (blocks of 64).
 
@@ -282,7 +283,7 @@ def quantize_nf4(w: Tensor, blocksize: int = 64, double_quant: bool = True) -> N
     return NF4Weight(_as_matrix(packed, shape), absmax, shape, blocksize, w.dtype, **nested)
 
 
-@torch.compiler.disable
+@_disable_dynamo  # traced into, the C++ calls would give garbage
 def dequantize_nf4(q: NF4Weight, dtype: torch.dtype | None = None) -> Tensor:
     """Decode a weight, bit for bit as bitsandbytes' CUDA kernels do.
 

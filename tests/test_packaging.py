@@ -125,16 +125,14 @@ def test_public_names_exist_and_are_documented():
 
 def test_import_is_lean():
     code = """
-        import sys, time, torch
-        start = time.perf_counter()
-        import fastlora
-        print(time.perf_counter() - start, *sys.modules)
+        import sys, fastlora
+        print(*sys.modules)
     """
-    seconds, *modules = run_python(textwrap.dedent(code)).split()
+    modules = run_python(textwrap.dedent(code)).split()
     foreign = {"transformers", "peft", "bitsandbytes", "accelerate", "datasets", "matplotlib"}
     assert not foreign & set(modules)
     assert not {"fastlora.cli", "typer"} & set(modules)
-    assert float(seconds) < 3  # measured 0.2 s; far from it somebody computes at import
+    assert not {"fastlora.gpu", "triton", "torch._dynamo"} & set(modules)  # slow, and rarely needed
 
 
 def test_wheel_contents(wheel_without_compiler):
