@@ -100,10 +100,10 @@ def linear_group(
         ValueError: no members, shapes, dtypes or devices do not fit together, or dropout_p is out
             of range.
     """
-    kinds = [type(m).__name__ for m in members]
-    if {*kinds} != {"Member"}:
+    if not members or not all(isinstance(m, Member) for m in members):
+        kinds = [type(m).__name__ for m in members]
         raise ValueError(f"members must hold at least one Member and nothing else, got {kinds}")
-    dtype = _autocast_dtype(x.device)
+    dtype = autocast_dtype(x.device)
     if dtype is not None:
         x, members = x.to(dtype), [_cast(m, dtype) for m in members]
     for m in members:
@@ -116,26 +116,36 @@ def linear_group(
     # drawn here, not inside the op: what is recomputed restores the generator and draws again
     state = torch.randint(2**63 - 1, (2,), device=x.device) if p else None
     if dtype is None:
-        return _apply(x, flatten(members), state, p)
+        return _apply(x, members, state, p)
     with torch.autocast(x.device.type, enabled=False):  # the operands are cast already
-        return _apply(x, flatten(members), state, p)
+        return _apply(x, members, state, p)
 
 
-def _apply(x: Tensor, flat: Flat, state: Tensor | None, p: float) -> tuple[Tensor, ...]:
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast wants a linear layer on a device to compute in; None when it is off."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return None
+
+
+def _apply(
+    x: Tensor, members: Sequence[Member], state: Tensor | None, p: float
+) -> tuple[Tensor, ...]:
+    flat = flatten(members)
     if torch.compiler.is_compiling():
         *ys, _ = _linear_op(x, flat.tensors, flat.facts, flat.scales, state, p)
         return tuple(ys)
-    return _Linear.apply(x, flat.facts, flat.scales, state, p, *flat.tensors)
+    return _Linear.apply(x, members, flat, state, p, *flat.tensors)
 
 
 # --- what is computed, whoever asks ----------------------------------------------------------
 
 
 def _forward(
-    x: Tensor, flat: Flat, state: Tensor | None, p: float
+    x: Tensor, members: Sequence[Member], state: Tensor | None, p: float
 ) -> tuple[list[Tensor], Tensor | None]:
     """y [..., N] of each member and s [M, R], None without LoRA."""
-    members = unflatten(flat)
     tokens = _rows(x)
     with backend.on(x.device):
         impl, path = _choose(tokens, members, p)
@@ -223,14 +233,13 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx,
         x: Tensor,
-        facts: list[int],
-        scales: list[float],
+        members: Sequence[Member],
+        flat: Flat,
         state: Tensor | None,
         p: float,
-        *tensors: Tensor,
+        *_: Tensor,  # flat.tensors, where autograd sees them
     ) -> tuple[Tensor, ...]:
-        flat = Flat([*tensors], facts, scales)
-        ys, s = _forward(x, flat, state, p)
+        ys, s = _forward(x, members, state, p)
         _save(ctx, x, s, flat, state, p, _needed(ctx))
         return tuple(ys)
 
@@ -263,7 +272,8 @@ def _linear_op(
     state: Tensor | None,
     p: float,
 ) -> list[Tensor]:
-    ys, s = _forward(x, Flat([*tensors], [*facts], [*scales]), state, p)
+    members = unflatten(Flat([*tensors], [*facts], [*scales]))
+    ys, s = _forward(x, members, state, p)
     return [*ys, x.new_empty(0, 0) if s is None else s]
 
 
@@ -368,14 +378,6 @@ _linear_op.register_autograd(_op_backward, setup_context=_setup_context)
 
 
 # --- checks ----------------------------------------------------------------------------------
-
-
-def _autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What autocast wants a linear layer to compute in; None when it is off."""
-    kind = device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return None
 
 
 def _cast(m: Member, dtype: torch.dtype) -> Member:

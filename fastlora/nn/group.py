@@ -387,9 +387,7 @@ def _context(x: Tensor) -> tuple:
     Outputs that are made under other hooks on saved tensors, as by checkpointing, or on another
     stream are not shared.
     """
-    kind, autocast = x.device.type, None
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        autocast = torch.get_autocast_dtype(kind)
+    autocast = ops.autocast_dtype(x.device)
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
     return autocast, torch.is_grad_enabled(), hooks, x.requires_grad, stream
