@@ -9,57 +9,23 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from fastlora.kernels.nf4_tables import NF4_CODE, NF4_THRESHOLDS
+
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 STATS_GROUP = 256  # block scales that share one second-level scale
 ZERO_CODE = 7  # NF4_CODE[7] == 0
-
-_NF4_CODE = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
-_NF4_THRESHOLDS = (
-    -0.8480964005,
-    -0.6106329262,
-    -0.4599952698,
-    -0.3396794349,
-    -0.2346074060,
-    -0.1379117332,
-    -0.0455250181,
-    0.0397901498,
-    0.1202552505,
-    0.2035212517,
-    0.2920137718,
-    0.3893125355,
-    0.5016634166,
-    0.6427869201,
-    0.8614784181,
-)
 
 
 @cache
 def nf4_code(device: torch.device | str = "cpu") -> Tensor:
     """The 16 values of a code, fp32 [16], ascending."""
-    return torch.tensor(_NF4_CODE, dtype=torch.float32, device=device)
+    return torch.tensor(NF4_CODE, dtype=torch.float32, device=device)
 
 
 @cache
 def nf4_thresholds(device: torch.device | str = "cpu") -> Tensor:
     """fp32 [15]: the code of r in [-1, 1] is the number of thresholds strictly below r."""
-    return torch.tensor(_NF4_THRESHOLDS, dtype=torch.float32, device=device)
+    return torch.tensor(NF4_THRESHOLDS, dtype=torch.float32, device=device)
 
 
 @cache

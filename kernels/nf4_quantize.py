@@ -14,28 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import nf4_tables
 from .common import arch
 
-# the thresholds t between codes: `fastlora.codebooks` has the same
-NF4_THRESHOLDS = tl.constexpr(
-    (
-        -0.8480964005,
-        -0.6106329262,
-        -0.4599952698,
-        -0.3396794349,
-        -0.2346074060,
-        -0.1379117332,
-        -0.0455250181,
-        0.0397901498,
-        0.1202552505,
-        0.2035212517,
-        0.2920137718,
-        0.3893125355,
-        0.5016634166,
-        0.6427869201,
-        0.8614784181,
-    )
-)
+NF4_THRESHOLDS = tl.constexpr(nf4_tables.NF4_THRESHOLDS)
 
 
 @cache
