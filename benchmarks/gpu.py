@@ -6,12 +6,10 @@ the targets are about, single kernels, then other sizes. Files are written anew 
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from triton.errors import TritonError
@@ -245,25 +243,13 @@ def _cases(job: Job, settings: Settings, found: Run) -> Iterator[Case]:
         rounds=1 if settings.small else 10,
     )
     bench = replace(job.benchmark, providers=tuple(map(_guarded, job.benchmark.providers)))
-    table = winners(case for _, case in found.cases)
-    with _planned(table) if job.section == "layers" else _planned({}):
+    # whole layers take the ways that won in this run, as they will once these are shipped
+    layers = job.section == "layers"
+    with plan.forced(winners(case for _, case in found.cases) if layers else {}):
         for case in run(options, {bench.name: bench}):
-            if job.section == "layers":
+            if layers:
                 found.ways.append(_way(case, settings.device))
             yield case
-
-
-@contextmanager
-def _planned(table: Mapping[plan.Problem, plan.Path]) -> Iterator[None]:
-    """Whole layers take the ways that won in this run, as they will once these are shipped."""
-    shipped = plan.choose
-
-    def choose(name: str, device: torch.device, problem: plan.Problem) -> plan.Path:
-        measured = table.get(problem) if name == "triton" else None
-        return measured or shipped(name, device, problem)
-
-    with patch.object(plan, "choose", choose):
-        yield
 
 
 def _way(case: Case, device: str) -> dict[str, Any]:
@@ -383,7 +369,7 @@ def write(found: Run, out: Path) -> None:
     table = rows(winners(case for _, case in found.cases))
     if table:
         kind = plan.device_kind(torch.device(found.settings.device))
-        write_text(out / f"plan-{kind.lower().replace(' ', '-')}.json", to_json(table))
+        write_text(out / f"plan-{plan.file_name(kind)}", to_json(table))
 
 
 def markdown(found: Run) -> str:

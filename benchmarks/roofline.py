@@ -305,19 +305,6 @@ def _if(condition: bool, step: Step) -> list[Step]:
 # --- times -----------------------------------------------------------------------------------
 
 
-def dense_seconds(device: plan.Device, problem: Problem) -> float:
-    """The GEMM of the frozen layer alone, one direction.
-
-    Args:
-        device: its speed.
-        problem: sizes.
-
-    Returns:
-        Seconds.
-    """
-    return 2 * problem.M * sum(problem.N) * problem.K / device.flops
-
-
 def seconds(
     device: plan.Device, problem: Problem, ledger: Ledger, own: float | None = None
 ) -> float:
@@ -334,7 +321,7 @@ def seconds(
         Seconds.
     """
     if own is None:
-        return dense_seconds(device, problem) + ledger.bytes(problem) / device.bandwidth
+        return device.gemm_seconds(problem) + ledger.bytes(problem) / device.bandwidth
     others = Ledger(tuple(step for step in ledger.steps if not step.own))
     return own + others.bytes(problem) / device.bandwidth
 
@@ -406,7 +393,7 @@ def predict(model: str, layer: str, gpu: str, problem: Problem) -> Prediction:
         layer,
         gpu,
         problem,
-        2 * dense_seconds(device, problem),
+        2 * device.gemm_seconds(problem),
         tuple(seconds(device, problem, ledger) for ledger in peft_both),
         tuple(seconds(device, problem, ledger) for ledger in unsloth_both),
         forward,

@@ -19,7 +19,8 @@ device. Where nothing was measured, the roofline below decides. Other backends h
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -87,6 +88,10 @@ class Device:
     bandwidth: float
     gemm: float = 0.9
 
+    def gemm_seconds(self, problem: Problem) -> float:
+        """The vendor's GEMMs of the frozen layers alone, one direction."""
+        return 2 * problem.M * sum(problem.N) * problem.K / self.flops
+
 
 # assumptions about what kernels reach, not the data sheet's peaks: about 0.85 of the memory's,
 # 0.67 (Hopper) and 0.8 (Ampere) of the matrix units' peak
@@ -109,11 +114,34 @@ def choose(backend: str, device: torch.device, problem: Problem) -> Path:
         problem: its sizes.
 
     Returns:
-        The path; always the same for the same arguments.
+        The path; always the same for the same arguments, unless inside `forced`.
     """
     if backend != "triton":
         return PLAIN
-    return _choose(device_kind(device), problem)
+    return _forced.get(problem) or _choose(device_kind(device), problem)
+
+
+@contextmanager
+def forced(table: Mapping[Problem, Path]) -> Iterator[None]:
+    """A context in which the Triton backend takes these ways, whatever was measured or predicted.
+
+    It holds for all threads, since a backward chooses in a thread of autograd.
+
+    Args:
+        table: problem -> path; other problems are chosen for as outside.
+
+    Yields:
+        Nothing.
+    """
+    global _forced
+    before, _forced = _forced, table
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+_forced: Mapping[Problem, Path] = {}
 
 
 def problem(M: int, members: Sequence[Member], p: float, itemsize: int) -> Problem:
@@ -152,6 +180,11 @@ def device_kind(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
 
 
+def file_name(kind: str) -> str:
+    """Of the table of a device, such as "nvidia-h200.json"."""
+    return kind.lower().replace(" ", "-") + ".json"
+
+
 @cache
 def measured(kind: str) -> dict[Problem, Path]:
     """What was measured on a device.
@@ -162,8 +195,7 @@ def measured(kind: str) -> dict[Problem, Path]:
     Returns:
         problem -> path; empty where nothing was measured.
     """
-    name = kind.lower().replace(" ", "-") + ".json"
-    file = resources.files("fastlora").joinpath("plans", name)
+    file = resources.files("fastlora").joinpath("plans", file_name(kind))
     if not file.is_file():
         return {}
     table = {}
@@ -203,7 +235,7 @@ def forward_seconds(device: Device, problem: Problem) -> dict[Forward, float]:
         path -> seconds; a path that cannot run is absent.
     """
     M, N, K, R, size = problem.M, sum(problem.N), problem.K, sum(problem.R), problem.itemsize
-    gemm = 2 * M * N * K / device.flops
+    gemm = device.gemm_seconds(problem)
     term = 2 * M * sum(n * r for n, r in zip(problem.N, problem.R, strict=True)) / device.flops
     seconds = {"addmm": gemm + max(2 * M * N * size / device.bandwidth, term)}
     if problem.stackable and all(problem.R) and not (K + R) % 8:  # rows of 16 bytes, as GEMMs want
@@ -225,8 +257,8 @@ def dx_seconds(device: Device, problem: Problem) -> dict[Backward, float]:
     Returns:
         path -> seconds; a path that cannot run is absent.
     """
-    M, N, K, R, size = problem.M, sum(problem.N), problem.K, sum(problem.R), problem.itemsize
-    gemm = 2 * M * N * K / device.flops
+    M, K, R, size = problem.M, problem.K, sum(problem.R), problem.itemsize
+    gemm = device.gemm_seconds(problem)
     seconds = {"tail": gemm + 2 * M * K * size / device.bandwidth}
     if len(problem.N) == 1 and _fits(problem):
         seconds["gemm"] = gemm / device.gemm + 2 * M * K * R / device.flops

@@ -112,7 +112,7 @@ def test_whole_layers_take_what_won(monkeypatch):
     table = {problem: plan.Path("gemm", "gemm", "measured in this run")}
     device = torch.device(DEVICE)
     before = plan.choose("triton", device, problem)
-    with gpu._planned(table):
+    with plan.forced(table):
         assert plan.choose("triton", device, problem) == table[problem]
         assert plan.choose("cpu", device, problem) == plan.PLAIN
         other = ways.problem_of(sizes, "dropout 0.05")
