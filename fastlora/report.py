@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from fastlora import backend, plan, targets
+from fastlora import backend, causal_lm, plan, targets
 from fastlora.model import adapters_of, original_of, state_of, unwrap
 from fastlora.nn import Linear4bit, LoraLinear, group_of
 
@@ -73,11 +73,14 @@ class Row:
 def explain(model: nn.Module, tokens: int = 8192) -> None:
     """Print a table: for each linear layer what it holds, which path runs, and why no faster one.
 
+    Below it stands how the loss is computed in training, and why not in chunks.
+
     Args:
         model: any module.
         tokens: batch size times sequence length, which the path depends on.
     """
-    table = Table(title=f"{type(unwrap(model)).__name__}, {tokens} tokens")
+    root = unwrap(model)
+    table = Table(title=f"{type(root).__name__}, {tokens} tokens", caption=explain_loss(root))
     rows = [*explain_rows(model, tokens)]
     longest = max((len(row.layer) for row in rows), default=0)
     table.add_column("layer", overflow="fold", min_width=min(longest, 48))
@@ -86,6 +89,19 @@ def explain(model: nn.Module, tokens: int = 8192) -> None:
     for row in rows:
         table.add_row(*astuple(row))
     Console().print(table)
+
+
+def explain_loss(model: nn.Module) -> str:
+    """How `prepare_for_training` made the model compute its loss.
+
+    Args:
+        model: any module.
+
+    Returns:
+        "loss: in chunks", or "loss: as the model computes it, because ...".
+    """
+    reason = causal_lm.why_not(unwrap(model))
+    return f"loss: as the model computes it, because {reason}" if reason else "loss: in chunks"
 
 
 def explain_rows(model: nn.Module, tokens: int = 8192) -> Iterator[Row]:
@@ -131,12 +147,12 @@ def explain_rows(model: nn.Module, tokens: int = 8192) -> Iterator[Row]:
 
 def _siblings(layer: nn.Module) -> tuple[str, ...]:
     group = group_of(layer) if isinstance(layer, LoraLinear | Linear4bit) else None
-    return group.names if group is not None and layer in group.layers() else ()
+    return group.names if group is not None and layer in group.children().values() else ()
 
 
 def _path(layer: nn.Module, runs: str, device: torch.device, tokens: int) -> plan.Path:
     """What `plan` chooses for a training step of the layer, with those that it computes for."""
-    layers = group_of(layer).layers() if _siblings(layer) else [layer]
+    layers = group_of(layer).children().values() if _siblings(layer) else [layer]
     ours = [part for part in layers if isinstance(part, LoraLinear | Linear4bit)]
     dropout = max((p.lora_dropout[p.active_adapter] for p in ours if _adapter(p)), default=0.0)
     itemsize = 2 if device.type == "cuda" else layer.weight.element_size()

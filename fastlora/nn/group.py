@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections.abc import Iterable, Sequence
 from operator import is_
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,23 @@ from fastlora.member import Member
 
 _GROUP, _HOME = "fastlora_group", "fastlora_home"  # attributes of a layer, and of its parent
 
-Settings = tuple[str, float, float]
+
+class Settings(NamedTuple):
+    """Settings that the adapter of a layer runs with.
+
+    Attributes:
+        adapter: its name.
+        dropout: its probability now, in [0, 1).
+        scale: alpha / R, no unit.
+    """
+
+    adapter: str
+    dropout: float
+    scale: float
+
+    def joins(self, other: "Settings") -> bool:
+        """Whether layers with these compute as one: they have one adapter and one dropout mask."""
+        return (self.adapter, self.dropout) == (other.adapter, other.dropout)
 
 
 class GroupedLinear(nn.Linear):
@@ -40,7 +57,7 @@ class GroupedLinear(nn.Linear):
 
     @property
     def lora(self) -> Settings | None:
-        """Running adapter, its dropout probability now, its scale; None without one."""
+        """Settings of the running adapter; None without one."""
         return None
 
     @property
@@ -58,7 +75,7 @@ class GroupedLinear(nn.Linear):
 
     def alone(self, x: Tensor) -> Tensor:
         """y [..., N] for x [..., K], without a group."""
-        p = self.lora[1] if self.lora else 0.0
+        p = self.lora.dropout if self.lora else 0.0
         return ops.linear_group(x, [self.member()], p)[0]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -96,11 +113,11 @@ class Group:
         """The module whose children the members are."""
         return None if self._home is None else self._home()
 
-    def layers(self) -> list[nn.Module]:
+    def children(self) -> dict[str, nn.Module]:
         """The children that are there now; none in a copy of a layer without its parent."""
         parent = self.parent
-        children = () if parent is None else map(parent._modules.get, self.names)
-        return [child for child in children if child is not None]
+        modules = {} if parent is None else parent._modules
+        return {name: modules[name] for name in self.names if modules.get(name) is not None}
 
     def members(
         self, layer: GroupedLinear, x: Tensor, autocast: bool
@@ -117,18 +134,18 @@ class Group:
         """
         if _has_any_global_hook():
             return {}
-        states = {c: _State(c) for c in self.layers() if self._is_ready(c)}
+        states = {c: _State(c) for c in self.children().values() if self._is_ready(c)}
         states = {c: state for c, state in states.items() if state.fits(layer, x, autocast)}
         if layer not in states:
             return {}
         # one adapter and one dropout mask: the caller's. A caller without adapter draws no mask, so
         # that a recomputation draws as many as the forward, even if the group was divided since
-        lead = states[layer].lora
-        lead = lead or next((s.lora for s in states.values() if s.lora and not s.lora[1]), None)
+        undropped = (s.lora for s in states.values() if s.lora and not s.lora.dropout)
+        lead = states[layer].lora or next(undropped, None)
         return {
             c: state
             for c, state in states.items()
-            if state.lora is None or (lead and state.lora[:2] == lead[:2])
+            if state.lora is None or (lead and state.lora.joins(lead))
         }
 
     def waste(self, names: list[str], certain: bool) -> None:
@@ -157,9 +174,8 @@ class Group:
         """
         if not self._leaving or self._recomputable or torch._C._current_graph_task_id() != -1:
             return
-        children = {} if self.parent is None else self.parent._modules
         # not those that were taken away or put into another group meanwhile
-        own = [n for n in self.names if children.get(n) and group_of(children[n]) is self]
+        own = [name for name, child in self.children().items() if group_of(child) is self]
         for leaving in (False, True):
             group_layers(self.parent, [n for n in own if (n in self._leaving) is leaving])
 
@@ -173,7 +189,7 @@ class Group:
         nodes.add(node)
         node.register_hook(lambda *_: nodes.discard(held()))
 
-    def _is_ready(self, child: nn.Module | None) -> bool:
+    def _is_ready(self, child: nn.Module) -> bool:
         return (
             isinstance(child, GroupedLinear)
             and type(child).forward is GroupedLinear.forward
@@ -249,8 +265,8 @@ class _Call:
         """Drop what is left, because `layer` is called with x."""
         _last.call = None
         self.outputs.clear()
-        children = {} if self.group.parent is None else self.group.parent._modules
-        names = [n for n in self.group.names if id(children.get(n)) in self.waiting]
+        children = self.group.children()
+        names = [name for name, child in children.items() if id(child) in self.waiting]
         self.group.waste(names, certain=id(layer) in self.waiting and not self.reads(x))
 
 
@@ -283,7 +299,7 @@ def _together(layer: GroupedLinear, x: Tensor) -> Tensor | None:
         group, members = _find(layer, x, autocast is not None)  # it may have been divided
         if len(members) < 2:
             return None
-    p = next((state.lora[1] for state in members.values() if state.lora), 0.0)
+    p = next((state.lora.dropout for state in members.values() if state.lora), 0.0)
     ys = ops.linear_group(x, [m.member() for m in members], p)
     outputs = dict(zip(members, zip(members.values(), ys, strict=True), strict=True))
     _, y = outputs.pop(layer)

@@ -206,11 +206,12 @@ class LoraLinear(GroupedLinear):
 
     @property
     def lora(self) -> Settings | None:
-        """Running adapter, its dropout probability now, its scale; None without one."""
+        """Settings of the running adapter; None without one."""
         name = self.running_adapter
         if name is None:
             return None
-        return name, self.lora_dropout[name] if self.training else 0.0, self.scaling[name]
+        dropout = self.lora_dropout[name] if self.training else 0.0
+        return Settings(name, dropout, self.scaling[name])
 
     def sources(self) -> list[Tensor]:
         """All tensors that the output depends on, beside x; the weight is the first."""
