@@ -42,9 +42,7 @@ def compile_report(
         raise typer.BadParameter(str(error)) from error
     done = track(report.compile_all(todo), "compiling", total=len(todo))
     rows = [row for compiled in done for row in compiled]
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 200
+    console = _wide_console()
     for name in dict.fromkeys(row.job.kernel for row in rows):
         console.print(report.table(name, [row for row in rows if row.job.kernel == name]))
     if out is not None:
@@ -65,9 +63,7 @@ def roofline(
     from fastlora.benchmarks import roofline as model
 
     _make(out)
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 200
+    console = _wide_console()
     for sheet in model.report(out):
         console.print(sheet.rich(), "")
     console.print("\n".join((model.CAVEAT, *model.NOTES)))
@@ -110,6 +106,14 @@ def gpu(
     results = [result for _, case in found.cases for result in case.results]
     bad = [r for r in results if r.provider == "fastlora" and r.status in ("wrong", "failed")]
     raise typer.Exit(1 if bad else 0)
+
+
+def _wide_console() -> Console:
+    """For tables wider than the 80 columns that a pipe or a file would have."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 200
+    return console
 
 
 def _make(folder: Path | None) -> None:

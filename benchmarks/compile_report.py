@@ -26,6 +26,7 @@ from rich.table import Table
 from triton.errors import TritonError
 
 from fastlora.benchmarks.aot import TARGETS, Compiled, pretend
+from fastlora.benchmarks.report import in_words, write_text
 from fastlora.kernels import (
     gemm_lora,
     lora_bwd_da,
@@ -348,7 +349,7 @@ def compile_one(job: Job) -> list[Row]:
         with pretend(job.target) as compiled:
             case.launch(config)
     except (RuntimeError, TritonError) as error:
-        return [Row(job, _words(config), [f"{type(error).__name__}: {error}".splitlines()[0]])]
+        return [Row(job, in_words(config), [f"{type(error).__name__}: {error}".splitlines()[0]])]
     return [_row(job, case, config, kernel) for kernel in compiled]
 
 
@@ -360,7 +361,7 @@ def _row(job: Job, case: Case, config: triton.Config, kernel: Compiled) -> Row:
         per_element = (kernel.loop or kernel.instructions) * kernel.threads / elements
     return Row(
         job=job,
-        config=_words(config) if first else "",
+        config=in_words(config) if first else "",
         problems=kernel.problems() + (_judge(case, kernel) if first else []),
         function=kernel.kernel,
         registers=kernel.registers,
@@ -387,11 +388,6 @@ def _judge(case: Case, kernel: Compiled) -> list[str]:
         if not enough & getattr(kernel, what).keys():
             found.append(f"narrow {what}")
     return found
-
-
-def _words(config: triton.Config) -> str:
-    parts = [f"{name.removeprefix('BLOCK_')}={value}" for name, value in config.kwargs.items()]
-    return " ".join([*parts, f"warps={config.num_warps}", f"stages={config.num_stages}"])
 
 
 # --- the table -------------------------------------------------------------------------------
@@ -470,8 +466,8 @@ def write(folder: Path, rows: Sequence[Row]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(asdict(row)) for row in rows)
     content = f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n'
-    (folder / "compile-report.json").write_text(content)
-    (folder / "compile-report.md").write_text(_markdown(rows))
+    write_text(folder / "compile-report.json", content)
+    write_text(folder / "compile-report.md", _markdown(rows))
 
 
 def _markdown(rows: Sequence[Row]) -> str:

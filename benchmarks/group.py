@@ -14,14 +14,21 @@ from torch import Tensor, nn
 
 from fastlora import ops, reference
 from fastlora.benchmarks.graphs import graphed
-from fastlora.benchmarks.linear import ALPHA, SEED, LinearProblem, bitsandbytes_layer, frozen
-from fastlora.benchmarks.linear import R as LINEAR_R
+from fastlora.benchmarks.linear import (
+    SCALE,
+    SEED,
+    LinearProblem,
+    bitsandbytes_layer,
+    frozen,
+    peft_layers,
+    random_layer,
+    set_adapter,
+)
 from fastlora.benchmarks.parity import TOLERANCE, deviation
 from fastlora.benchmarks.spec import Benchmark, Call, Deviation, Provider, Sizes, Work
 from fastlora.member import Member
 from fastlora.nn import Linear4bit, LoraLinear
 
-SCALE = ALPHA / LINEAR_R  # of every rank, as `LinearProblem` has it
 DROPOUT = 0.05
 MODES = ("dropout 0", f"dropout {DROPOUT}")
 
@@ -105,18 +112,8 @@ def make_problem(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Grou
     Returns:
         The problem.
     """
-    M, K, R = sizes["M"], sizes["K"], sizes["R"]
-    x = torch.randn(M, K, device=device, dtype=dtype).requires_grad_()
-    layers = tuple(
-        LinearProblem(
-            x=x,
-            dy=torch.randn(M, N, device=device, dtype=dtype),
-            w=(torch.randn(N, K, device=device) * K**-0.5).to(dtype),
-            a=torch.randn(R, K, device=device) * K**-0.5,
-            b=torch.randn(N, R, device=device) * 0.1,
-        )
-        for N in widths(sizes)
-    )
+    x = torch.randn(sizes["M"], sizes["K"], device=device, dtype=dtype).requires_grad_()
+    layers = tuple(random_layer(x, N, sizes["R"]) for N in widths(sizes))
     return GroupProblem(layers, torch.randint(2**63 - 1, (2,), device=device))
 
 
@@ -193,11 +190,7 @@ def _adapters(layers: Sequence[nn.Module], problem: GroupProblem) -> dict[str, T
     """Give LoRA layers the problem's adapters, in their own dtype; returns them by gradient."""
     found = {}
     for i, (layer, given) in enumerate(zip(layers, problem.layers, strict=True)):
-        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        with torch.no_grad():
-            a.copy_(given.a)
-            b.copy_(given.b)
-        found |= {f"da{i}": a, f"db{i}": b}
+        found |= {f"{name}{i}": t for name, t in set_adapter(layer, given).items()}
     return found
 
 
@@ -221,22 +214,7 @@ def _fastlora(problem: GroupProblem, mode: str) -> Call:
 
 
 def _peft(problem: GroupProblem, mode: str, dtype: torch.dtype | None) -> Call:
-    from peft import LoraConfig, inject_adapter_in_model
-
-    R = len(problem.layers[0].a)
-    model = nn.Sequential(*(bitsandbytes_layer(layer) for layer in problem.layers))
-    # transformers says so of its models; without it PEFT takes its class for dense layers
-    model.is_loaded_in_4bit = True
-    config = LoraConfig(
-        r=R,
-        lora_alpha=SCALE * R,
-        lora_dropout=dropout_of(mode),
-        target_modules=[str(i) for i in range(len(problem.layers))],
-    )
-    layers = [*inject_adapter_in_model(config, model).train()]
-    for layer in layers:
-        for part in (layer.lora_A, layer.lora_B):
-            part.to(dtype or problem.x.dtype)
+    layers = peft_layers(problem.layers, dropout_of(mode), dtype or problem.x.dtype)
     return _training(lambda x: [layer(x) for layer in layers], problem, _adapters(layers, problem))
 
 

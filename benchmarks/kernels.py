@@ -16,12 +16,13 @@ from fastlora import backend
 from fastlora.benchmarks.graphs import graphed
 from fastlora.benchmarks.group import (
     MODES,
-    SCALE,
     GroupProblem,
     compare,
     dropout_of,
     make_problem,
 )
+from fastlora.benchmarks.linear import SCALE
+from fastlora.benchmarks.report import in_words
 from fastlora.benchmarks.spec import Benchmark, Call, Deviation, Provider, Sizes, Work
 from fastlora.reference import dropout_threshold
 
@@ -222,7 +223,7 @@ def tuning_benchmarks(shape: str, sizes: Sizes, device: torch.device) -> list[Be
     for kernel, modes, work, configs, launch in _tunable(sizes):
         for mode in modes:
             providers = tuple(
-                graphed(Provider(_words(config), partial(_candidate, launch, config)), device)
+                graphed(Provider(in_words(config), partial(_candidate, launch, config)), device)
                 for config in configs(dropout_of(mode) > 0)
             )
             found.append(
@@ -265,14 +266,6 @@ def _check_candidate(
     if "dx whole" in results:
         results["dx whole"] = results["dx whole"][layer.rows]
     return compare(results, expected, problem)
-
-
-def _words(config: Any) -> str:
-    """A configuration in one line, such as "rn 64x256x16 w8 s2"."""
-    kwargs = dict(config.kwargs)
-    blocks = "x".join(str(v) for k, v in kwargs.items() if k.startswith("BLOCK_"))
-    rest = [str(v) for k, v in kwargs.items() if not k.startswith("BLOCK_")]
-    return " ".join([*rest, blocks, f"w{config.num_warps}", f"s{config.num_stages}"])
 
 
 def _tunable(sizes: Sizes) -> list[tuple]:

@@ -4,7 +4,7 @@ The dense layer has the decoded 4-bit weight, so that all providers compute the 
 Adapters are fp32. "fwd" records the graph, as in training; "fwd+bwd" adds dx, da and db.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -19,6 +19,7 @@ from fastlora.nn import Linear4bit, LoraLinear
 
 R = 16
 ALPHA = 32
+SCALE = ALPHA / R  # no unit; other benchmarks have it for every rank
 DROPOUT = 0.05
 SEED = 1234
 
@@ -74,28 +75,43 @@ class LinearProblem:
         """
         if not lora:
             return self.base
-        scale, rows = ALPHA / R, self.rows
+        rows = self.rows
         x, dy, a, b = (t.detach().double() for t in (self.x, self.dy, self.a, self.b))
         dropped = x if mask is None else x * mask
-        s, ds = dropped @ a.T, scale * dy @ b
+        s, ds = dropped @ a.T, SCALE * dy @ b
         back = ds[rows] @ a if mask is None else ds[rows] @ a * mask[rows]
         return {
-            "y": self.base["y"] + scale * s[rows] @ b.T,
+            "y": self.base["y"] + SCALE * s[rows] @ b.T,
             "dx": self.base["dx"] + back,
             "da": ds.T @ dropped,
-            "db": scale * dy.T @ s,
+            "db": SCALE * dy.T @ s,
         }
 
 
-def _problem(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> LinearProblem:
-    M, N, K = sizes["M"], sizes["N"], sizes["K"]
+def random_layer(x: Tensor, N: int, r: int) -> LinearProblem:
+    """A layer over x with random weight, adapter and upstream gradient.
+
+    Args:
+        x: [M, K], compute dtype, requires grad.
+        N: out_features.
+        r: rank.
+
+    Returns:
+        The problem, on the device of x.
+    """
+    (M, K), device, dtype = x.shape, x.device, x.dtype
     return LinearProblem(
-        x=torch.randn(M, K, device=device, dtype=dtype).requires_grad_(),
+        x=x,
         dy=torch.randn(M, N, device=device, dtype=dtype),
         w=(torch.randn(N, K, device=device) * K**-0.5).to(dtype),
-        a=torch.randn(R, K, device=device) * K**-0.5,
-        b=torch.randn(N, R, device=device) * 0.1,
+        a=torch.randn(r, K, device=device) * K**-0.5,
+        b=torch.randn(N, r, device=device) * 0.1,
     )
+
+
+def _problem(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> LinearProblem:
+    x = torch.randn(sizes["M"], sizes["K"], device=device, dtype=dtype).requires_grad_()
+    return random_layer(x, sizes["N"], R)
 
 
 def _work(sizes: Sizes, itemsize: int, mode: str) -> Work:
@@ -130,8 +146,16 @@ def frozen(w: Tensor) -> nn.Linear:
     return layer
 
 
-def _set_adapter(layer: nn.Module, problem: LinearProblem) -> dict[str, Tensor]:
-    """Give a LoRA layer the problem's adapter, in its own dtype, and return its parameters."""
+def set_adapter(layer: nn.Module, problem: LinearProblem) -> dict[str, Tensor]:
+    """Give a LoRA layer the problem's adapter, in its own dtype.
+
+    Args:
+        layer: ours or PEFT's, with an adapter "default" of the problem's rank.
+        problem: whose a and b are copied.
+
+    Returns:
+        The layer's parameters by the names of their gradients, "da" and "db".
+    """
     parameters = {"da": layer.lora_A["default"].weight, "db": layer.lora_B["default"].weight}
     with torch.no_grad():
         parameters["da"].copy_(problem.a)
@@ -150,7 +174,7 @@ def _fastlora(problem: LinearProblem, mode: str) -> Call:
 def _fastlora_lora(problem: LinearProblem, mode: str, dropout: float) -> Call:
     base = Linear4bit.from_nf4(problem.weight.quantized)
     layer = LoraLinear(base, r=R, lora_alpha=ALPHA, lora_dropout=dropout)
-    return _training(layer, problem, mode, _set_adapter(layer, problem))
+    return _training(layer, problem, mode, set_adapter(layer, problem))
 
 
 def bitsandbytes_layer(problem: LinearProblem) -> nn.Module:
@@ -170,17 +194,36 @@ def _bitsandbytes(problem: LinearProblem, mode: str) -> Call:
     return _training(bitsandbytes_layer(problem), problem, mode, {})
 
 
-def _peft_lora(problem: LinearProblem, mode: str, dropout: float) -> Call:
+def peft_layers(
+    problems: Sequence[LinearProblem], dropout: float, dtype: torch.dtype
+) -> list[nn.Module]:
+    """PEFT's LoRA layers over bitsandbytes' with the problems' NF4 bytes, in training.
+
+    Args:
+        problems: the layers, of one rank.
+        dropout: probability.
+        dtype: of the adapters.
+
+    Returns:
+        The layers; their adapters are random.
+    """
     from peft import LoraConfig, inject_adapter_in_model
 
-    model = nn.Sequential(bitsandbytes_layer(problem))
+    model = nn.Sequential(*map(bitsandbytes_layer, problems))
     # transformers says so of its models; without it PEFT takes its class for dense layers
     model.is_loaded_in_4bit = True
-    config = LoraConfig(r=R, lora_alpha=ALPHA, lora_dropout=dropout, target_modules=["0"])
-    layer = inject_adapter_in_model(config, model)[0]
-    for part in (layer.lora_A, layer.lora_B):
-        part.float()  # PEFT made them in the compute dtype
-    return _training(layer, problem, mode, _set_adapter(layer, problem))
+    r, names = len(problems[0].a), [name for name, _ in model.named_children()]
+    config = LoraConfig(r=r, lora_alpha=SCALE * r, lora_dropout=dropout, target_modules=names)
+    layers = [*inject_adapter_in_model(config, model).train()]
+    for layer in layers:
+        for part in (layer.lora_A, layer.lora_B):
+            part.to(dtype)  # PEFT made them in the compute dtype
+    return layers
+
+
+def _peft_lora(problem: LinearProblem, mode: str, dropout: float) -> Call:
+    (layer,) = peft_layers([problem], dropout, torch.float32)
+    return _training(layer, problem, mode, set_adapter(layer, problem))
 
 
 def _check(problem: LinearProblem, mode: str, provider: Provider, call: Call) -> list[Deviation]:
@@ -215,7 +258,7 @@ def _dropout_mask(problem: LinearProblem, provider: Provider) -> Tensor:
     )
     call = provider.build(probe, "fwd+bwd")
     torch.manual_seed(SEED)
-    kept = call()["dx"] > ALPHA / R * N * R / 2
+    kept = call()["dx"] > SCALE * N * R / 2
     return kept.double() / (1 - DROPOUT)
 
 

@@ -6,13 +6,16 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from fastlora.benchmarks.run import Case, Options, Result
+
+if TYPE_CHECKING:
+    import triton
 
 SCHEMA = 1
 
@@ -66,6 +69,12 @@ def header(facts: Mapping[str, Any]) -> str:
         f"{name} {version}" for name, version in facts["packages"].items() if version
     )
     return f"{machine}\n{packages}\n"
+
+
+def in_words(config: "triton.Config") -> str:
+    """A kernel's configuration in one line, such as "M=64 K=128 warps=4 stages=2"."""
+    parts = [f"{name.removeprefix('BLOCK_')}={value}" for name, value in config.kwargs.items()]
+    return " ".join([*parts, f"warps={config.num_warps}", f"stages={config.num_stages}"])
 
 
 def _row(result: Result) -> list[str]:
