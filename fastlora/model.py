@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from fastlora import siblings, targets
+from fastlora import causal_lm, siblings, targets
 from fastlora.config import LoraConfig
 from fastlora.nf4 import quantize_nf4
 from fastlora.nn import (
@@ -285,6 +285,7 @@ def prepare_for_training(
     model: nn.Module,
     gradient_checkpointing: bool = False,
     group: bool | Sequence[Sequence[str]] = True,
+    chunked_loss: bool = True,
 ) -> nn.Module:
     """Make a model ready for training, in place; before or after `add_lora`.
 
@@ -294,6 +295,9 @@ def prepare_for_training(
             non-reentrant, with inputs that ask for gradients, so that no layer stays without.
         group: whether layers that read the same input (q, k, v; gate, up) compute together, found
             by their usual names (`siblings.SIBLINGS`); or tuples of names. Replaces earlier groups.
+        chunked_loss: whether a causal language model of transformers computes its loss a chunk of
+            tokens at a time, in training with labels: the same loss, and None for `logits`, which
+            are never made. Where a model cannot, `explain` says why, and it does as before.
 
     Returns:
         The model.
@@ -316,6 +320,10 @@ def prepare_for_training(
         ungroup(module)
     for parent, names in groups:
         group_layers(parent, names)
+    if chunked_loss:
+        causal_lm.chunk_loss(root)
+    else:
+        causal_lm.unchunk_loss(root)
     config = getattr(root, "config", None)
     if getattr(config, "use_cache", False):
         config.use_cache = False

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from fastlora import backend, passes, plan, reference
+from fastlora.loss import linear_cross_entropy as linear_cross_entropy
 from fastlora.member import Flat, Member, flatten, split, unflatten
 from fastlora.nf4 import FLOATS, NF4Weight
 

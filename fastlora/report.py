@@ -80,7 +80,7 @@ def explain(model: nn.Module, tokens: int = 8192) -> None:
         tokens: batch size times sequence length, which the path depends on.
     """
     root = unwrap(model)
-    table = Table(title=f"{type(root).__name__}, {tokens} tokens", caption=explain_loss(root))
+    table = Table(title=f"{type(root).__name__}, {tokens} tokens")
     rows = [*explain_rows(model, tokens)]
     longest = max((len(row.layer) for row in rows), default=0)
     table.add_column("layer", overflow="fold", min_width=min(longest, 48))
@@ -88,7 +88,9 @@ def explain(model: nn.Module, tokens: int = 8192) -> None:
         table.add_column(field.name)
     for row in rows:
         table.add_row(*astuple(row))
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    console.print(explain_loss(root), soft_wrap=True)
 
 
 def explain_loss(model: nn.Module) -> str:
