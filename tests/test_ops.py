@@ -15,6 +15,7 @@ SHAPES = [  # M, K, N, R
     (129, 45, 64, 5),  # K odd: the flat layout
     (5, 64, 3, 64),  # R above N
     (0, 64, 32, 4),  # no tokens
+    (33, 72, 40, 80),  # rank above `gpu.FUSED_RANK`: da and dx in passes of their own
 ]
 BASES = ["nf4", "nf4-flat", "dense"]
 
@@ -59,6 +60,14 @@ def check(got, t, dtype, keep=None, p=0.0, names=("y", "dx", "dw", "da", "db", "
             assert_as_accurate(got[name], e, x)
 
 
+def mask_of(M, K, p):
+    """What the next call keeps of x [M, K]: an op draws one state, and exactly one."""
+    torch.manual_seed(3)
+    state = torch.randint(2**63 - 1, (2,), device=DEVICE)
+    torch.manual_seed(3)
+    return reference.dropout_halves(state, M, K) >= round(p * 65536)
+
+
 def run(t, base, p=0.0, **kwargs):
     """lora_linear on leaves made from `t`; `t["w"]` becomes what the base really holds."""
     q = None
@@ -89,12 +98,23 @@ def test_lora_linear(shape, dtype, base):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_lora_linear_with_dropout(shape, dtype, p):
     t = make(*shape, dtype)
-    M, K, *_ = shape
-    torch.manual_seed(3)
-    state = torch.randint(2**63 - 1, (2,), device=DEVICE)
-    keep = reference.dropout_halves(state, M, K) >= round(p * 65536)
-    torch.manual_seed(3)  # the op draws the same state: exactly one draw a call
+    keep = mask_of(*shape[:2], p)
     got = run(t, "nf4", p)
+    check(got, t, dtype, keep, round(p * 65536) / 65536, names=got.keys())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[2], SHAPES[-1]], ids=str)
+def test_dropout_before_frozen_adapters(shape, dtype):
+    """Only dx is asked for, and it has the mask all the same."""
+    t, p = make(*shape, dtype), 0.3
+    q = fastlora.quantize_nf4(t["w"])
+    t["w"] = fastlora.dequantize_nf4(q)
+    keep = mask_of(*shape[:2], p)
+    x = t["x"].detach().requires_grad_()
+    y = ops.lora_linear(x, q, t["a"], t["b"], 0.5, t["bias"], dropout_p=p)
+    (dx,) = torch.autograd.grad(y, x, t["dy"])
+    got = {"y": y.detach(), "dx": dx}
     check(got, t, dtype, keep, round(p * 65536) / 65536, names=got.keys())
 
 

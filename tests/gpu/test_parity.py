@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import DEVICE
-from test_ops import SHAPES, check, make, run
+from test_ops import SHAPES, check, make, mask_of, run
 
 import fastlora
 from fastlora import ops, plan, reference
@@ -52,15 +52,6 @@ def take(monkeypatch):
         return taken
 
     return take
-
-
-def mask_of(M, K, p):
-    """The mask that `run` draws after this seed."""
-    torch.manual_seed(3)
-    state = torch.randint(2**63 - 1, (2,), device=DEVICE)
-    keep = reference.dropout_halves(state, M, K) >= round(p * 65536)
-    torch.manual_seed(3)
-    return keep
 
 
 @needs_gpu
