@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # torch.compiler.disable, which imports all of dynamo
 
 from fastlora.loss import is_hooked, linear_cross_entropy
 
@@ -165,7 +166,7 @@ def _names(model: nn.Module) -> tuple[str, ...]:
     return inspect.unwrap(type(model).forward).__code__.co_names
 
 
-@torch.compiler.disable
+@_disable_dynamo
 def _arm(root: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """Before a forward: a training step with labels makes no logits."""
     if not root.training or _labels(root, args, kwargs) is None or why_not(root):
@@ -176,7 +177,7 @@ def _arm(root: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     model.loss_function = partial(_loss, plain)
 
 
-@torch.compiler.disable
+@_disable_dynamo
 def _disarm(root: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
     """After a forward, also one that raised: the model as it was, an output without logits."""
     model = _language_model(root)

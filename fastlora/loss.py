@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # torch.compiler.disable, which imports all of dynamo
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
@@ -29,7 +30,7 @@ _TILE_BYTES = 1 << 20
 _WIDE_COLUMNS = 4096
 
 
-@torch.compiler.disable  # how many tokens have a label is data, which a graph cannot depend on
+@_disable_dynamo  # how many tokens have a label is data, which a graph cannot depend on
 def linear_cross_entropy(
     hidden: Tensor,
     head: nn.Module | Tensor,

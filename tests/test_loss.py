@@ -184,6 +184,17 @@ def test_logits_far_apart():
                 torch.testing.assert_close(g.double(), x, rtol=1e-2, atol=1e-6)
 
 
+def test_a_label_that_is_almost_certain():
+    """p - 1 is -3e-4, of which nothing is left where p is rounded to 16 bits first."""
+    weight = torch.tensor([[8.0], [0.0]], device=DEVICE)
+    hidden, label = torch.ones(1, 1, device=DEVICE), torch.tensor([0], device=DEVICE)
+    exact = gradients(lambda h: F.cross_entropy(h @ weight.double().T, label), [hidden.double()])
+    for dtype in DTYPES:
+        w = weight.to(dtype)
+        got = gradients(lambda h: linear_cross_entropy(h, w, label), [hidden.to(dtype)])  # noqa: B023
+        torch.testing.assert_close(got[1].double(), exact[1], rtol=0.02, atol=0)
+
+
 def test_another_ignored_label(small_chunks):
     small_chunks(20)
     hidden, weight, bias, labels = make((13,), 8, 20, torch.float32)
@@ -348,6 +359,17 @@ def test_autocast(dtype, small_chunks):
     for g, e, x in zip(got, eager, exact, strict=True):
         assert g.dtype == torch.float32  # with the error of 16 bits
         assert_as_accurate(g.to(dtype), e.to(dtype), x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_autocast_of_a_16_bit_head(dtype):
+    hidden, weight, bias, labels = make((9,), 16, 60, dtype)
+    expected = gradients(lambda h: plain(h, weight, bias, labels), [hidden])
+    with torch.autocast(DEVICE, dtype):
+        got = gradients(lambda h: linear_cross_entropy(h, weight, labels, bias), [hidden])
+    for g, e in zip(got, expected, strict=True):
+        assert g.dtype == e.dtype
+        torch.testing.assert_close(g, e, rtol=2e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
