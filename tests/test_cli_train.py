@@ -13,6 +13,7 @@ from cli_helpers import invoke, one_line, save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fastlora
+from fastlora import causal_lm
 from fastlora.cli import generation, models, progress, training
 from fastlora.cli.settings import TrainSettings
 
@@ -176,6 +177,19 @@ def test_options_reach_the_training(words, model, data, tmp_path):
     if "--dtype" in words:
         assert "bfloat16" in result.stdout
         assert [r["lr"] for r in records] == [1e-2] * 4
+
+
+@pytest.mark.parametrize(("words", "chunked"), [((), True), (("--full-logits",), False)])
+def test_the_loss_is_chunked_unless_full_logits_are_asked_for(
+    words, chunked, model, data, tmp_path, monkeypatch
+):
+    losses, loss = [], causal_lm._loss
+    monkeypatch.setattr(
+        causal_lm, "_loss", lambda *args, **kw: losses.append(1) or loss(*args, **kw)
+    )
+    assert invoke("train", model, data, "-o", tmp_path, "--steps", "2", *words).exit_code == 0
+    assert len(losses) == (2 if chunked else 0)
+    assert json.loads((tmp_path / "settings.json").read_text())["chunked_loss"] is chunked
 
 
 def test_the_adapter_is_saved_as_trained(model, data, tmp_path):

@@ -63,6 +63,10 @@ class TrainSettings:
         bool,
         _base("--gradient-checkpointing", help="Recompute activations: less memory, more time."),
     ] = False
+    chunked_loss: Annotated[
+        bool,
+        _base("--chunked-loss/--full-logits", help="Compute the loss without all logits at once."),
+    ] = True
 
     max_length: Annotated[
         int, _data(metavar="N", min=2, help="Tokens per example; longer ones are cut.")

@@ -132,7 +132,9 @@ def train(
     trainable = sum(p.numel() for p in base.model.parameters() if p.requires_grad)
     note("adapter", f"rank {settings.rank} on {layers} layers, {trainable / 1e6:.3g} M trainable")
     fastlora.prepare_for_training(
-        base.model, gradient_checkpointing=settings.gradient_checkpointing
+        base.model,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        chunked_loss=settings.chunked_loss,
     )
     settings.save(output)
     records = _run_trainer(base, data, settings, output)
