@@ -39,8 +39,9 @@ def table(case: Case) -> RenderableType:
     )
     timed = [result for result in case.results if result.status == "ok"]
     units = [*timed[0].rates] if timed else []
+    memory = ["MiB"] if any(result.peak_mib is not None for result in timed) else []
     grid.add_column("provider", no_wrap=True)
-    for head in ("ms", "IQR", f"x {case.baseline}", "IQR", *units):
+    for head in ("ms", "IQR", f"x {case.baseline}", "IQR", *units, *memory):
         grid.add_column(head, justify="right", no_wrap=True)
     for result in timed:
         grid.add_row(*_row(result))
@@ -85,7 +86,35 @@ def _row(result: Result) -> list[str]:
             f"{_number(result.ratio.q1)}-{_number(result.ratio.q3)}",
         ]
     spread = f"{100 * (ms.q3 - ms.q1) / ms.median:.0f}%"
-    return [result.label, _number(ms.median), spread, *ratio, *map(_number, result.rates.values())]
+    rates = map(_number, result.rates.values())
+    memory = [] if result.peak_mib is None else [_number(result.peak_mib)]
+    return [result.label, _number(ms.median), spread, *ratio, *rates, *memory]
+
+
+def parts_table(case: Case) -> RenderableType:
+    """Where the time goes, a column for each provider that was timed.
+
+    Args:
+        case: to show; nothing is shown unless the parts were timed.
+
+    Returns:
+        Something for `rich.print`.
+    """
+    timed = [result for result in case.results if result.parts]
+    if not timed:
+        return ""
+    grid = Table(title="ms of one step", title_justify="left", box=None, pad_edge=False)
+    grid.add_column("part", no_wrap=True)
+    for result in timed:
+        grid.add_column(result.label, justify="right", overflow="fold")
+    for part in timed[0].parts:
+        shares = [f"{_number(r.parts[part])} {_share(r.parts, part)}" for r in timed]
+        grid.add_row(part, *shares)
+    return Group(grid, "")
+
+
+def _share(parts: Mapping[str, float], part: str) -> str:
+    return f"{100 * parts[part] / sum(parts.values()):.0f}%".rjust(4)
 
 
 def _number(value: float) -> str:

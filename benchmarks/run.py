@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from fastlora.benchmarks.peak import peak_mib
 from fastlora.benchmarks.registry import BENCHMARKS
 from fastlora.benchmarks.spec import Benchmark, Call, Deviation, Provider, Sizes, Work
 from fastlora.benchmarks.timing import Spread, clock_for, interleaved
@@ -13,10 +14,12 @@ from fastlora.benchmarks.timing import Spread, clock_for, interleaved
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SEED = 0
 
-_RATES: dict[str, Callable[[Work], int]] = {
-    "GB/s": lambda work: work.bytes,
-    "Gw/s": lambda work: work.weights,
-    "GFLOP/s": lambda work: work.flops,
+# unit -> what is counted, and how many make one
+_RATES: dict[str, tuple[Callable[[Work], int], float]] = {
+    "GB/s": (lambda work: work.bytes, 1e9),
+    "Gw/s": (lambda work: work.weights, 1e9),
+    "GFLOP/s": (lambda work: work.flops, 1e9),
+    "tok/s": (lambda work: work.tokens, 1),
 }
 
 
@@ -31,10 +34,12 @@ class Options:
         shapes: "model.layer@tokens", or the part before "@" for all tokens.
         providers: names without variant; the baseline always runs.
         modes: "fwd", "fwd+bwd"; only for ops that have the choice.
+        sizes: (name, size) in place of those of the shapes.
         small: the small shapes instead of the real ones.
         cold: empty the CPU's caches before each sample; a GPU's always are.
         rounds: at least so many rounds per case.
         seconds: go on for so long per case.
+        profile: also time the parts of each call; only for ops that have them.
     """
 
     ops: tuple[str, ...] = ()
@@ -43,10 +48,12 @@ class Options:
     shapes: tuple[str, ...] = ()
     providers: tuple[str, ...] = ()
     modes: tuple[str, ...] = ()
+    sizes: tuple[tuple[str, int], ...] = ()
     small: bool = False
     cold: bool = False
     rounds: int = 10
     seconds: float = 2.0
+    profile: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,9 @@ class Result:
         ms: time of one call.
         ratio: time over the baseline's of the same round; above 1 is slower.
         rates: of the median, by unit.
-        peak_mib: GPU memory of one call above what was taken before, None on the CPU.
+        peak_mib: GPU memory of one call above what was taken before, None on the CPU; or that of a
+            process of its own, where the benchmark says so and the shapes are not small.
+        parts: ms of each part of a call, where they were asked for.
         rounds: how many samples.
     """
 
@@ -75,6 +84,7 @@ class Result:
     ratio: Spread | None = None
     rates: dict[str, float] = field(default_factory=dict)
     peak_mib: float | None = None
+    parts: dict[str, float] = field(default_factory=dict)
     rounds: int = 0
 
     @property
@@ -149,6 +159,18 @@ def _check(options: Options, benchmarks: Mapping[str, Benchmark]) -> None:
         for name in names:
             if name not in allowed:
                 raise ValueError(f"{kind} must be one of {', '.join(sorted(allowed))}, got {name}")
+    for name, size in options.sizes:
+        names = {
+            size for bench in chosen for sizes in _shapes(bench, options).values() for size in sizes
+        }
+        if name not in names or size < 1:
+            raise ValueError(
+                f"size must be at least 1 and of one of {', '.join(sorted(names))}, "
+                f"got {name}={size}"
+            )
+    if options.profile and any(bench.parts is None for bench in chosen):
+        able = ", ".join(sorted(name for name, bench in benchmarks.items() if bench.parts))
+        raise ValueError(f"profile must be of an op that has parts: {able}")
     if options.rounds < 1 or options.seconds < 0:
         raise ValueError(
             "rounds must be at least 1 and seconds not negative, "
@@ -177,7 +199,10 @@ def _names(shape: str) -> set[str]:
 def _chosen_shapes(bench: Benchmark, options: Options) -> dict[str, Sizes]:
     wanted = set(options.shapes)
     shapes = _shapes(bench, options).items()
-    return {name: sizes for name, sizes in shapes if not wanted or _names(name) & wanted}
+    given = dict(options.sizes)
+    return {
+        name: {**sizes, **given} for name, sizes in shapes if not wanted or _names(name) & wanted
+    }
 
 
 def _chosen_providers(bench: Benchmark, options: Options) -> list[Provider]:
@@ -192,12 +217,16 @@ def _run_shape(
     bench: Benchmark, shape: str, sizes: Sizes, dtype: str, options: Options
 ) -> Iterator[Case]:
     torch.manual_seed(SEED)
-    problem = bench.problem(sizes, torch.device(options.device), DTYPES[dtype])
+    problem = None  # which may need the packages of its providers
+    if not all(provider.absent() for provider in _chosen_providers(bench, options)):
+        problem = bench.problem(sizes, torch.device(options.device), DTYPES[dtype])
     for mode in bench.modes:
         if options.modes and len(bench.modes) > 1 and mode not in options.modes:
             continue
         work = bench.work(sizes, DTYPES[dtype].itemsize, mode)
         results = _run_providers(bench, problem, mode, work, options)
+        if bench.whole_memory and not options.small:
+            results = [_with_memory(bench, r, sizes, dtype, mode, options) for r in results]
         yield Case(bench.name, shape, sizes, dtype, mode, work, bench.baseline.label, results)
 
 
@@ -215,8 +244,11 @@ def _run_providers(
     by_provider = dict(zip(calls, times, strict=True))
     baseline = by_provider.get(bench.baseline)
     for provider, ms in by_provider.items():
-        peak = _peak_mib(calls[provider], options.device)
-        results[provider] = _timed(results[provider], ms, baseline, work, bench.rates, peak)
+        call = calls[provider]
+        peak = _peak_mib(call, options.device)
+        result = _timed(results[provider], ms, baseline, work, bench.rates, peak)
+        parts = bench.parts(call) if options.profile else {}
+        results[provider] = replace(result, parts=parts)
     return [*results.values()]
 
 
@@ -253,8 +285,20 @@ def _timed(
 ) -> Result:
     spread = Spread.of(ms)
     ratio = Spread.of([t / b for t, b in zip(ms, baseline, strict=True)]) if baseline else None
-    rates = {unit: _RATES[unit](work) / spread.median / 1e6 for unit in units}
+    rates = {}
+    for unit in units:
+        count, one = _RATES[unit]
+        rates[unit] = count(work) / one / (spread.median / 1e3)
     return replace(result, ms=spread, ratio=ratio, rates=rates, peak_mib=peak_mib, rounds=len(ms))
+
+
+def _with_memory(
+    bench: Benchmark, result: Result, sizes: Sizes, dtype: str, mode: str, options: Options
+) -> Result:
+    if result.status != "ok":
+        return result
+    provider = next(p for p in bench.providers if p.label == result.label)
+    return replace(result, peak_mib=peak_mib(bench, provider, sizes, options.device, dtype, mode))
 
 
 def _peak_mib(call: Call, device: str) -> float | None:

@@ -20,11 +20,13 @@ class Work:
         bytes: bytes read and written once each.
         flops: floating-point operations, a multiply-add is two.
         weights: weights quantised or decoded.
+        tokens: tokens trained on.
     """
 
     bytes: int = 0
     flops: int = 0
     weights: int = 0
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,12 @@ class Benchmark:
         providers: who is measured; the first is the baseline of the ratios.
         check: problem, mode, provider, call -> how far each result of the call is from the truth.
         work: sizes, bytes of an element, mode -> least work of one call.
-        rates: columns of the table: "GB/s", "Gw/s" (1e9 weights a second) or "GFLOP/s".
+        rates: columns of the table: "GB/s", "Gw/s" (1e9 weights a second), "GFLOP/s" or
+            "tok/s" (tokens a second).
         modes: what a call does where there is a choice.
+        whole_memory: whether peak memory is that of a process of its own, with what stays between
+            calls, such as weights; `peak` measures it.
+        parts: call -> ms of each part of it, where it has parts.
     """
 
     name: str
@@ -100,6 +106,8 @@ class Benchmark:
     work: Callable[[Sizes, int, str], Work]
     rates: tuple[str, ...]
     modes: tuple[str, ...] = field(default=("call",))
+    whole_memory: bool = False
+    parts: Callable[[Any], dict[str, float]] | None = None
 
     @property
     def baseline(self) -> Provider:

@@ -72,6 +72,8 @@ def test_json(tmp_path):
         ("dequantize", "call", "bf16"),
         ("linear", "fwd", "bf16"),
         ("linear", "fwd+bwd", "bf16"),
+        ("step", "plain", "bf16"),
+        ("step", "dropout", "bf16"),
     ]
     for case in content["cases"]:
         assert case["shape"] in BENCHMARKS[case["op"]].small
@@ -297,7 +299,7 @@ def test_an_unfinished_write_leaves_the_old_file(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["nothing"], "op must be one of dequantize, linear, quantize, got nothing"),
+        (["nothing"], "op must be one of dequantize, linear, quantize, step, got nothing"),
         (["quantize", "--dtype", "fp8"], "dtype must be one of bf16, fp16, fp32, got fp8"),
         (["quantize", "--shape", "llama"], "shape must be one of llama-1b.q, llama-8b.q, "),
         (
@@ -322,6 +324,11 @@ def test_an_unfinished_write_leaves_the_old_file(monkeypatch, tmp_path):
             "--json must name a file in a folder that ",
         ),
         (["linear", "--rounds", "many"], "Invalid value for '--rounds'"),
+        (["step", "--mode", "fwd"], "mode must be one of dropout, plain, got fwd"),
+        (["step", "--size", "batch"], "size must be NAME=N with a whole number, got batch"),
+        (["step", "--size", "rank=8"], "size must be at least 1 and of one of R, batch, heads,"),
+        (["step", "--size", "batch=0"], "size must be at least 1 and of one of R, batch, heads,"),
+        (["linear", "--profile"], "profile must be of an op that has parts: step"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )

@@ -9,7 +9,7 @@ from fastlora.cli.console import UserError, console, reported
 
 
 def bench(
-    op: Annotated[str, typer.Argument(help="quantize, dequantize, linear, or all.")],
+    op: Annotated[str, typer.Argument(help="quantize, dequantize, linear, step, or all.")],
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     dtype: Annotated[
         list[str] | None, typer.Option(help="bf16 (default), fp32 or fp16; may be repeated.")
@@ -23,7 +23,17 @@ def bench(
         typer.Option(help="Such as fastlora; may be repeated. The baseline always runs."),
     ] = None,
     mode: Annotated[
-        list[str] | None, typer.Option(help="fwd or fwd+bwd, for linear; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            help="fwd or fwd+bwd, for linear; plain or dropout, for step; may be repeated."
+        ),
+    ] = None,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=N",
+            help="Another size of the shapes: batch, length or R, for step; may be repeated.",
+        ),
     ] = None,
     rounds: Annotated[int, typer.Option(help="At least so many rounds a case.")] = 10,
     seconds: Annotated[float, typer.Option(help="Go on for so long a case.")] = 2.0,
@@ -33,6 +43,9 @@ def bench(
         typer.Option(
             "--cold", help="Empty the CPU's caches before each sample; a GPU's always are."
         ),
+    ] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Also show where the time goes, for step.")
     ] = False,
     json: Annotated[Path | None, typer.Option(help="Also write the results to this file.")] = None,
 ) -> None:
@@ -45,7 +58,7 @@ def bench(
     """
     from fastlora.benchmarks.facts import machine_facts
     from fastlora.benchmarks.registry import BENCHMARKS
-    from fastlora.benchmarks.report import header, table, write_json
+    from fastlora.benchmarks.report import header, parts_table, table, write_json
     from fastlora.benchmarks.run import Case, Options, run
 
     options = Options(
@@ -55,10 +68,12 @@ def bench(
         shapes=tuple(shape or ()),
         providers=tuple(provider or ()),
         modes=tuple(mode or ()),
+        sizes=tuple(map(_size, size or ())),
         small=small,
         cold=cold,
         rounds=rounds,
         seconds=seconds,
+        profile=profile,
     )
     if json is not None and not json.absolute().parent.is_dir():
         raise UserError(f"--json must name a file in a folder that exists, got {json}")
@@ -72,6 +87,8 @@ def bench(
             console.print(f"{case.op}: {BENCHMARKS[case.op].summary}\n", soft_wrap=True)
         cases.append(case)
         console.print(table(case))
+        if profile:
+            console.print(parts_table(case))
         if json is not None:  # after every case, so that what was measured outlives an interruption
             write_json(json, facts, options, cases)
     if any(
@@ -80,3 +97,10 @@ def bench(
         for r in c.results
     ):
         raise UserError("fastlora must give the right result, see the tables above", exit_code=1)
+
+
+def _size(text: str) -> tuple[str, int]:
+    name, _, number = text.partition("=")
+    if not number.isdecimal():
+        raise UserError(f"size must be NAME=N with a whole number, got {text}")
+    return name, int(number)
