@@ -28,6 +28,11 @@ namespace {
 // the kernels need what the two above define
 #include "dropout_kernels.h"
 #include "nf4_kernels.h"
+#include "tile_kernels.h"
+// and these what the kernels define
+#include "panel_kernels.h"
+#include "product_kernels.h"
+#include "token_kernels.h"
 
 }  // namespace
 
@@ -37,6 +42,10 @@ const Kernels kAvx512 = {
     quantize_stats,
     {dequantize_blocks<float>, dequantize_blocks<Fp16>, dequantize_blocks<Bf16>},
     {dropout<float>, dropout<Fp16>, dropout<Bf16>},
+    {pack_left<float>, pack_left<Fp16>, pack_left<Bf16>},
+    {multiply_block<float>, multiply_block<Fp16>, multiply_block<Bf16>},
+    {pass_tokens<float>, pass_tokens<Fp16>, pass_tokens<Bf16>},
+    {pack_adapter<float>, pack_adapter<Fp16>, pack_adapter<Bf16>},
 };
 
 }  // namespace fastlora

@@ -41,7 +41,7 @@ struct Philox {
 };
 
 template <class T>
-void drop_group(const Philox& philox, const Dropout& d, int64_t m, int64_t k, const T* x, T* out) {
+void drop_group(const Philox& philox, const Mask& d, int64_t m, int64_t k, const T* x, T* out) {
   Lanes words[4] = {add(broadcast(static_cast<uint32_t>(k >> 3)), lane_counters()),
                     broadcast(static_cast<uint32_t>(m)),
                     broadcast(static_cast<uint32_t>(static_cast<uint64_t>(m) >> 32)),
@@ -53,22 +53,28 @@ void drop_group(const Philox& philox, const Dropout& d, int64_t m, int64_t k, co
   drop(upper, d.threshold, d.scale, x + kGroup / 2, out + kGroup / 2);
 }
 
+// Columns [k, k + count) of row m, k a multiple of 8; x may be out.
+template <class T>
+void drop_row(
+    const Philox& philox, const Mask& d, int64_t m, int64_t k, int64_t count, const T* x, T* out) {
+  int64_t i = 0;
+  for (; count - i >= kGroup; i += kGroup) drop_group(philox, d, m, k + i, x + i, out + i);
+  if (i < count) {
+    T in[kGroup] = {}, dropped[kGroup];
+    memcpy(in, x + i, (count - i) * sizeof(T));
+    drop_group(philox, d, m, k + i, in, dropped);
+    memcpy(out + i, dropped, (count - i) * sizeof(T));
+  }
+}
+
 template <class T>
 void dropout(const Dropout& d, int64_t first, int64_t last) {
-  const Philox philox(d.seed);
+  const Philox philox(d.mask.seed);
   const int64_t segments = (d.k + kSegment - 1) / kSegment;
   for (int64_t unit = first; unit < last; ++unit) {
-    const int64_t m = unit / segments;
-    int64_t k = unit % segments * kSegment;
-    const int64_t end = d.k - k < kSegment ? d.k : k + kSegment;
-    const T* x = static_cast<const T*>(d.x) + m * d.row_stride;
-    T* out = static_cast<T*>(d.out) + m * d.k;
-    for (; end - k >= kGroup; k += kGroup) drop_group(philox, d, m, k, x + k, out + k);
-    if (k < end) {
-      T in[kGroup] = {}, dropped[kGroup];
-      memcpy(in, x + k, (end - k) * sizeof(T));
-      drop_group(philox, d, m, k, in, dropped);
-      memcpy(out + k, dropped, (end - k) * sizeof(T));
-    }
+    const int64_t m = unit / segments, k = unit % segments * kSegment;
+    const int64_t count = d.k - k < kSegment ? d.k - k : kSegment;
+    drop_row(philox, d.mask, m, k, count, static_cast<const T*>(d.x) + m * d.row_stride + k,
+             static_cast<T*>(d.out) + m * d.k + k);
   }
 }

@@ -1,60 +1,16 @@
-// The C ABI: picks the kernels for this CPU and spreads their work over threads.
+// The C ABI of what streams through tensors, spread over threads: quantisation and dropout.
 #include "fastlora.h"
 
 #include <atomic>
-#include <cstring>
 
-#include "kernels.h"
+#include "isa.h"
 #include "parallel.h"
-
-#if FASTLORA_X86
-#include <cpuid.h>
-#endif
 
 namespace fastlora {
 namespace {
 
 // fewest elements that are worth a thread: about 10 microseconds
 constexpr int64_t kGrain = 32768;
-
-struct Isa {
-  const Kernels* kernels;
-  bool runs;
-};
-
-#if FASTLORA_X86
-bool has_avx2() {
-  __builtin_cpu_init();
-  unsigned a = 0, b = 0, c = 0, d = 0;  // F16C by hand, its name is unknown to older compilers
-  const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
-  return f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-}
-
-bool has_avx512() {
-  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-}
-#endif
-
-// best first, the last one always runs
-const Isa kIsas[] = {
-#if FASTLORA_X86
-    {&kAvx512, has_avx512()},
-    {&kAvx2, has_avx2()},
-#endif
-    {&kPortable, true},
-};
-
-const Kernels* best() {
-  for (const Isa& isa : kIsas) {
-    if (isa.runs) return isa.kernels;
-  }
-  return &kPortable;
-}
-
-std::atomic<const Kernels*> active{best()};
-
-const Kernels& kernels() { return *active.load(std::memory_order_relaxed); }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -64,32 +20,6 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 using namespace fastlora;
 
 int fastlora_abi(void) { return FASTLORA_ABI; }
-
-const char* fastlora_isas(void) {
-  static char names[64] = "";
-  if (names[0] == 0) {
-    char joined[sizeof(names)] = "";
-    for (const Isa& isa : kIsas) {
-      if (!isa.runs) continue;
-      if (joined[0] != 0) std::strcat(joined, ",");
-      std::strcat(joined, isa.kernels->name);
-    }
-    std::memcpy(names, joined, sizeof(names));
-  }
-  return names;
-}
-
-const char* fastlora_isa(void) { return kernels().name; }
-
-int fastlora_use_isa(const char* name) {
-  for (const Isa& isa : kIsas) {
-    if (isa.runs && std::strcmp(isa.kernels->name, name) == 0) {
-      active = isa.kernels;
-      return 0;
-    }
-  }
-  return 1;
-}
 
 int fastlora_has_threads(void) { return has_threads() ? 1 : 0; }
 
@@ -151,14 +81,12 @@ void fastlora_dropout(const void* x,
                       float scale,
                       void* out,
                       int threads) {
-  const Dropout args{x,
-                     out,
-                     row_stride,
-                     k,
-                     static_cast<uint64_t>(state[0]),
-                     static_cast<uint32_t>(state[1]),
-                     threshold,
-                     scale};
+  const Dropout args{
+      x,
+      out,
+      row_stride,
+      k,
+      {static_cast<uint64_t>(state[0]), static_cast<uint32_t>(state[1]), threshold, scale}};
   const auto kernel = kernels().dropout[dtype];
   const int64_t segments = ceil_div(k, kSegment);
   parallel_for(m * segments, ceil_div(kGrain * segments, k > 0 ? k : 1), threads,

@@ -18,7 +18,7 @@ extern "C" {
 #endif
 
 // changes with any signature below, so that an old library is refused instead of misread
-#define FASTLORA_ABI 1
+#define FASTLORA_ABI 2
 
 enum { FASTLORA_FP32 = 0, FASTLORA_FP16 = 1, FASTLORA_BF16 = 2 };
 
@@ -83,6 +83,109 @@ FASTLORA_API void fastlora_dropout(
     float scale,
     void* out,  // [m, k], dtype, contiguous
     int threads);
+
+// --- linear layers: m tokens, k in_features, n out_features, r rank ----------------------------
+// Rows of activations and adapters may be `..._stride` elements apart, their columns are
+// neighbours.
+
+// A packed weight [n, k], as in fastlora_dequantize_blocks.
+typedef struct {
+  const uint8_t* packed;
+  const float* absmax;
+  const uint8_t* absmax_codes;
+  const float* absmax2;
+  const float* code2;
+  const float* offset;
+  const float* code;
+  int64_t n;
+  int64_t k;
+  int64_t blocksize;
+} fastlora_nf4;
+
+// s [m, r] = drop(x) a^T
+FASTLORA_API void fastlora_lora_down(
+    const void* x,  // [m, k], dtype
+    int64_t x_stride,
+    int dtype,
+    int64_t m,
+    int64_t k,
+    const void* a,  // [r, k], dtype
+    int64_t a_stride,
+    int64_t r,
+    const int64_t* state,  // [2], aligned: seed, offset; null without dropout
+    uint32_t threshold,
+    float keep_scale,  // of elements that are kept
+    void* s,           // [m, r], dtype, out, contiguous
+    int threads);
+
+// y [m, n] = x w^T + bias + scale * s b^T
+FASTLORA_API void fastlora_linear(const void* x,  // [m, k], dtype
+                                  int64_t x_stride,
+                                  int dtype,
+                                  int64_t m,
+                                  int64_t n,
+                                  const fastlora_nf4* w,  // or null: y is added to
+                                  const void* bias,       // [n], dtype, or null
+                                  const void* s,          // [m, r], dtype
+                                  int64_t s_stride,
+                                  const void* b,  // [n, r], dtype
+                                  int64_t b_stride,
+                                  int64_t r,  // 0 without LoRA
+                                  float scale,
+                                  void* y,  // [m, n], dtype, out, contiguous
+                                  int threads);
+
+// ds [m, r] = scale * dy b and db [n, r] = scale * dy^T s, in one pass over dy
+FASTLORA_API void fastlora_lora_bwd_ds_db(const void* dy,  // [m, n], dtype
+                                          int64_t dy_stride,
+                                          int dtype,
+                                          int64_t m,
+                                          int64_t n,
+                                          const void* b,  // [n, r], dtype
+                                          int64_t b_stride,
+                                          const void* s,  // [m, r], dtype
+                                          int64_t s_stride,
+                                          int64_t r,
+                                          float scale,
+                                          void* ds,  // [m, r], dtype, out
+                                          int64_t ds_stride,
+                                          float* db,  // [n, r], out, aligned, contiguous
+                                          int threads);
+
+// da [r, k] = ds^T drop(x)
+FASTLORA_API void fastlora_lora_bwd_da(const void* x,  // [m, k], dtype
+                                       int64_t x_stride,
+                                       int dtype,
+                                       int64_t m,
+                                       int64_t k,
+                                       const void* ds,  // [m, r], dtype
+                                       int64_t ds_stride,
+                                       int64_t r,
+                                       const int64_t* state,  // [2], aligned; null without dropout
+                                       uint32_t threshold,
+                                       float keep_scale,
+                                       float* da,  // [r, k], out, aligned, contiguous
+                                       int threads);
+
+// dx [m, k] = sum of dy w over `count` layers + mask * (ds a)
+FASTLORA_API void fastlora_linear_dx(const void* const* dys,       // [m, n] each, dtype
+                                     const int64_t* dy_strides,    // [count]
+                                     const fastlora_nf4* weights,  // [count]
+                                     int64_t count,                // 0: only the LoRA part
+                                     int dtype,
+                                     int64_t m,
+                                     int64_t k,
+                                     const void* ds,  // [m, r], dtype
+                                     int64_t ds_stride,
+                                     const void* a,  // [r, k], dtype
+                                     int64_t a_stride,
+                                     int64_t r,             // 0 without LoRA
+                                     const int64_t* state,  // [2], aligned; null without dropout
+                                     uint32_t threshold,
+                                     float keep_scale,
+                                     int accumulate,  // whether dx is added to
+                                     void* dx,        // [m, k], dtype, out, contiguous
+                                     int threads);
 
 #ifdef __cplusplus
 }

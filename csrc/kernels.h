@@ -51,16 +51,117 @@ struct DequantizeBlocks {
   float offset;
 };
 
-struct Dropout {
-  const void* x;  // [m, k], rows row_stride elements apart
-  void* out;      // [m, k]
-  int64_t row_stride;
-  int64_t k;
+struct Mask {
   uint64_t seed;
   uint32_t offset;
   uint32_t threshold;  // at most 65535
   float scale;
 };
+
+struct Dropout {
+  const void* x;  // [m, k], rows row_stride elements apart
+  void* out;      // [m, k]
+  int64_t row_stride;
+  int64_t k;
+  Mask mask;
+};
+
+// What a product is made of. All operands of one product have the same dtype T, sums are fp32.
+
+struct Nf4 {
+  DequantizeBlocks blocks;  // `out` is not used
+  int64_t n, k;
+  int block_shift;  // log2 of the block size: a division by it would take longer than the decoding
+};
+
+// [rows, depth]
+struct Left {
+  enum Form {
+    kRows,     // element (i, k) is data[i * stride + k]
+    kColumns,  // element (i, k) is data[k * stride + i]
+  } form;
+  const void* data;
+  int64_t stride;
+  const Mask* drop;  // dropout of the operand, or null; only with kRows
+};
+
+// [depth, columns]
+struct Right {
+  enum Form {
+    kRows,        // element (k, j) is data[k * stride + j]
+    kColumns,     // element (k, j) is data[j * stride + k]
+    kNf4Rows,     // element (k, j) is weight[k, j]
+    kNf4Columns,  // element (k, j) is weight[j, k]
+  } form;
+  const void* data;
+  int64_t stride;
+  const Nf4* weight;
+  float scale;  // of dense elements
+};
+
+struct Term {
+  Left left;
+  Right right;
+  int64_t depth;
+  int64_t step;  // depth of a panel, at most kDepth: it alone decides the order of sums
+  // rows of the left operand that all blocks of a call share: [depth / step, packed_rows,
+  // kLeftStride]
+  const float* packed;
+  int64_t packed_rows;
+};
+
+// out [rows, columns] = mask(lora) + sum of terms + bias
+struct Product {
+  Term lora;         // depth 0: none
+  const Mask* mask;  // or null
+  const Term* terms;
+  int64_t count;
+  const void* bias;  // [columns], T, or null; only without mask
+  void* out;         // T
+  int64_t out_stride;
+  bool accumulate;  // add to what is in out
+};
+
+struct Block {
+  int64_t row, rows;        // at most kBlockRows
+  int64_t column, columns;  // at most kBlockColumns, `column` a multiple of kUnit
+  int64_t packed_row;       // where `row` is in `packed`
+};
+
+// What adapters need of tokens, in one pass over them:
+//   out [rows, r] = tokens adapter
+//   reduced [r, columns] += factors^T tokens
+struct Tokens {
+  Left tokens;           // [rows, columns], by rows
+  const float* adapter;  // [columns, r rounded up to kUnit]; null: no out
+  void* out;             // T
+  int64_t out_stride;
+  const Left* factors;  // [r, rows], by columns; null: no reduced
+  float* reduced;       // rows reduced_stride apart, which is a multiple of kUnit
+  int64_t reduced_stride;
+  int64_t r;
+};
+
+struct Range {
+  int64_t first, last;
+};
+
+// Sizes of what stays in the caches of one core. A panel of the right operand is kDepth x
+// kBlockColumns numbers, the sums are kBlockRows x kBlockColumns; kTokenRows x kTokenColumns tokens
+// are packed at once.
+constexpr int64_t kDepth = 256;
+constexpr int64_t kBlockColumns = 128;
+constexpr int64_t kBlockRows = 512;
+constexpr int64_t kTokenRows = 56;
+constexpr int64_t kTokenColumns = 8 * kDepth;
+constexpr int64_t kUnit = 32;                 // columns that a decode writes at once
+constexpr int64_t kLeftStride = kDepth + 16;  // no two rows in the same set of the first cache
+
+// 32-bit numbers, aligned to 64 bytes, that a kernel works in
+constexpr int64_t kScratch = 170 * 1024;
+static_assert(kScratch >= (kDepth + kBlockRows) * kBlockColumns + kTokenRows * kLeftStride);
+static_assert(kScratch >=
+              kTokenRows * (kTokenColumns / kDepth + 1) * kLeftStride + kTokenRows * kBlockColumns);
 
 // arrays are indexed by dtype, FASTLORA_FP32 first
 struct Kernels {
@@ -69,6 +170,11 @@ struct Kernels {
   void (*quantize_stats)(const QuantizeStats&, int64_t first, int64_t last);
   void (*dequantize_blocks[3])(const DequantizeBlocks&, int64_t first, int64_t last);
   void (*dropout[3])(const Dropout&, int64_t first, int64_t last);
+  void (*pack_left[3])(
+      const Left&, int64_t row, int64_t rows, int64_t k, int64_t depth, float* out);
+  void (*multiply[3])(const Product&, const Block&, float* scratch);
+  void (*pass_tokens[3])(const Tokens&, Range rows, Range columns, float* scratch);
+  void (*pack_adapter[3])(const Right&, Range depth, int64_t r, float* out);
 };
 
 // the x86 files are empty elsewhere, and for compilers without per-file targets

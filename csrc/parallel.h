@@ -10,6 +10,7 @@
 #include <stdint.h>
 
 #include <algorithm>
+#include <atomic>
 
 #if defined(__linux__)
 // libgomp's ABI, which libomp and libiomp5 offer too
@@ -59,6 +60,15 @@ void parallel_for(int64_t count, int64_t grain, int threads, const Body& body) {
   };
   GOMP_parallel(run, &context, static_cast<unsigned>(useful), 0);
 #endif
+}
+
+// Calls body(task) for every task in [0, count); a thread that is done takes the next one.
+template <class Body>
+void parallel_tasks(int64_t count, int threads, const Body& body) {
+  std::atomic<int64_t> next{0};
+  parallel_for(std::min<int64_t>(threads, count), 1, threads, [&](int64_t, int64_t) {
+    for (int64_t task = next++; task < count; task = next++) body(task);
+  });
 }
 
 }  // namespace fastlora

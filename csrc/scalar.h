@@ -56,3 +56,16 @@ inline float magnitude(uint32_t bits, const Bf16*) {
 }
 
 inline bool is_finite(float x) { return (bits_of(x) & 0x7fffffffu) < 0x7f800000u; }
+
+// Asks for the lines of some bytes, to be read or written soon.
+inline void prefetch(const void* p, int64_t bytes) {
+#if defined(__GNUC__)
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i);
+#endif
+}
+
+inline void prefetch_for_write(const void* p, int64_t bytes) {
+#if defined(__GNUC__)
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i, 1);
+#endif
+}

@@ -7,9 +7,13 @@ inline void store256(void* p, __m256i x) { _mm256_storeu_si256(static_cast<__m25
 inline void store128(void* p, __m128i x) { _mm_storeu_si128(static_cast<__m128i*>(p), x); }
 
 // 8 numbers
-inline __m256 load_floats(const float* p) { return _mm256_loadu_ps(p); }
-inline __m256 load_floats(const Fp16* p) { return _mm256_cvtph_ps(load128(p)); }
-inline __m256 load_floats(const Bf16* p) {
+using Vec = __m256;
+constexpr int64_t kWidth = 8;
+constexpr int kTileRows = 6;  // 12 sums, two registers of the right operand, one of the left
+
+inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
+inline Vec load(const Fp16* p) { return _mm256_cvtph_ps(load128(p)); }
+inline Vec load(const Bf16* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load128(p)), 16));
 }
 
@@ -27,6 +31,60 @@ inline __m128i narrow(__m256 x, const Bf16*) {
       _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), is_nan), 16);
   return _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256(upper, 1));
 }
+
+inline void store(float* p, Vec x) { _mm256_storeu_ps(p, x); }
+template <class T>
+void store(T* p, Vec x) {
+  store128(p, narrow(x, p));
+}
+inline Vec splat(float x) { return _mm256_set1_ps(x); }
+inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+inline Vec multiply(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+
+template <class T>
+Vec rounded(Vec x) {
+  T narrowed[8];
+  store(narrowed, x);
+  return load(narrowed);
+}
+
+using Words = __m256i;
+
+inline Vec as_floats(Words x) { return _mm256_castsi256_ps(x); }
+
+// 16 bytes of each row are a 4 x 4 matrix of words in each 128-bit lane, if rows 4 apart are loaded
+// together; transposing those is all there is to do
+inline void load_words(const uint8_t* const* rows, int64_t at, Words (&w)[4]) {
+  __m256i x[4];
+  for (int i = 0; i < 4; ++i) {
+    x[i] = _mm256_set_m128i(load128(rows[i + 4] + at), load128(rows[i] + at));
+  }
+  const __m256i a = _mm256_unpacklo_epi32(x[0], x[1]), b = _mm256_unpacklo_epi32(x[2], x[3]);
+  const __m256i c = _mm256_unpackhi_epi32(x[0], x[1]), d = _mm256_unpackhi_epi32(x[2], x[3]);
+  w[0] = _mm256_unpacklo_epi64(a, b);
+  w[1] = _mm256_unpackhi_epi64(a, b);
+  w[2] = _mm256_unpacklo_epi64(c, d);
+  w[3] = _mm256_unpackhi_epi64(c, d);
+}
+
+// Values of the codes in the lower four bits of each lane: a lookup reads the lower three bits of
+// an index, the blend the sign, so bit 3 goes there.
+inline Vec choose(Vec negative, Vec positive, Words codes) {
+  return _mm256_blendv_ps(_mm256_permutevar8x32_ps(negative, codes),
+                          _mm256_permutevar8x32_ps(positive, codes),
+                          _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28)));
+}
+
+struct Lookup {
+  Vec negative, positive;  // codes 0 to 7, 8 to 15
+
+  explicit Lookup(const float* code) : negative(load(code)), positive(load(code + 8)) {}
+
+  Vec operator()(Words words, int shift) const {
+    return choose(negative, positive, _mm256_srl_epi32(words, _mm_cvtsi32_si128(shift)));
+  }
+};
 
 inline uint32_t abs_bits_max(const float* w, int64_t n) {
   const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
@@ -84,7 +142,7 @@ struct Encoder {
 
   template <class T>
   __m256i bytes(const T* w, __m256 r) const {
-    const __m256 a = load_floats(w), b = load_floats(w + 8);
+    const __m256 a = load(w), b = load(w + 8);
     const __m256i mixed = bytes(_mm256_shuffle_ps(a, b, 0x88), _mm256_shuffle_ps(a, b, 0xdd), r);
     return _mm256_permute4x64_epi64(mixed, 0xd8);
   }
@@ -139,9 +197,12 @@ template <>
 struct Decoder<float> {
   __m256 negative, positive;  // codes 0 to 7, 8 to 15
 
-  Decoder(const float* code, float a) {
-    negative = _mm256_mul_ps(_mm256_loadu_ps(code), _mm256_set1_ps(a));
-    positive = _mm256_mul_ps(_mm256_loadu_ps(code + 8), _mm256_set1_ps(a));
+  Decoder(const float* code, float a) : Decoder(code, a, code) {}
+  // values that were rounded to T
+  template <class T>
+  Decoder(const float* code, float a, const T*) {
+    negative = rounded<T>(_mm256_mul_ps(_mm256_loadu_ps(code), _mm256_set1_ps(a)));
+    positive = rounded<T>(_mm256_mul_ps(_mm256_loadu_ps(code + 8), _mm256_set1_ps(a)));
   }
 
   void operator()(const uint8_t* packed, float* out) const {
@@ -149,12 +210,8 @@ struct Decoder<float> {
       int32_t four;
       memcpy(&four, packed + i, sizeof(four));
       const __m256i x = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four));
-      // a lookup reads the lower three bits of an index, the blend the sign: bit 3 goes there
       const __m256i index = _mm256_or_si256(_mm256_srli_epi64(x, 4), _mm256_slli_epi64(x, 32));
-      const __m256 is_positive = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
-      const __m256 value = _mm256_blendv_ps(_mm256_permutevar8x32_ps(negative, index),
-                                            _mm256_permutevar8x32_ps(positive, index), is_positive);
-      _mm256_storeu_ps(out + 2 * i, value);
+      _mm256_storeu_ps(out + 2 * i, choose(negative, positive, index));
     }
   }
 };
@@ -189,8 +246,8 @@ inline __m256i kept(Halves numbers, uint32_t threshold) {
 template <class T>
 void drop(Halves numbers, uint32_t threshold, float scale, const T* x, T* out) {
   const __m256 s = _mm256_set1_ps(scale);
-  const __m128i a = narrow(_mm256_mul_ps(load_floats(x), s), x);
-  const __m128i b = narrow(_mm256_mul_ps(load_floats(x + 8), s), x);
+  const __m128i a = narrow(_mm256_mul_ps(load(x), s), x);
+  const __m128i b = narrow(_mm256_mul_ps(load(x + 8), s), x);
   store256(out, _mm256_and_si256(_mm256_set_m128i(b, a), kept(numbers, threshold)));
 }
 

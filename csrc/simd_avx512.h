@@ -14,6 +14,78 @@ inline __m512i round_bf16(__m512 x) {
                                _mm512_set1_epi32(0x7fc00000));
 }
 
+// 16 numbers
+using Vec = __m512;
+constexpr int64_t kWidth = 16;
+constexpr int kTileRows = 14;  // 28 sums, two registers of the right operand, one of the left
+
+inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
+inline Vec load(const Fp16* p) { return _mm512_cvtph_ps(load256(p)); }
+inline Vec load(const Bf16* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load256(p)), 16));
+}
+inline void store(float* p, Vec x) { _mm512_storeu_ps(p, x); }
+inline void store(Fp16* p, Vec x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+inline void store(Bf16* p, Vec x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_bf16(x), 16)));
+}
+inline Vec splat(float x) { return _mm512_set1_ps(x); }
+inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+inline Vec multiply(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+
+template <class T>
+Vec rounded(Vec x);
+template <>
+inline Vec rounded<float>(Vec x) {
+  return x;
+}
+template <>
+inline Vec rounded<Fp16>(Vec x) {
+  return _mm512_cvtph_ps(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+template <>
+inline Vec rounded<Bf16>(Vec x) {
+  return _mm512_castsi512_ps(
+      _mm512_and_si512(round_bf16(x), _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+
+using Words = __m512i;
+
+inline Vec as_floats(Words x) { return _mm512_castsi512_ps(x); }
+
+// 16 bytes of each row are a 4 x 4 matrix of words in each 128-bit lane, if rows 4 apart are loaded
+// together; transposing those is all there is to do
+inline void load_words(const uint8_t* const* rows, int64_t at, Words (&w)[4]) {
+  __m512i x[4];
+  for (int i = 0; i < 4; ++i) {
+    x[i] = _mm512_castsi128_si512(load128(rows[i] + at));
+    x[i] = _mm512_inserti32x4(x[i], load128(rows[i + 4] + at), 1);
+    x[i] = _mm512_inserti32x4(x[i], load128(rows[i + 8] + at), 2);
+    x[i] = _mm512_inserti32x4(x[i], load128(rows[i + 12] + at), 3);
+  }
+  const __m512i a = _mm512_unpacklo_epi32(x[0], x[1]), b = _mm512_unpacklo_epi32(x[2], x[3]);
+  const __m512i c = _mm512_unpackhi_epi32(x[0], x[1]), d = _mm512_unpackhi_epi32(x[2], x[3]);
+  w[0] = _mm512_unpacklo_epi64(a, b);
+  w[1] = _mm512_unpackhi_epi64(a, b);
+  w[2] = _mm512_unpacklo_epi64(c, d);
+  w[3] = _mm512_unpackhi_epi64(c, d);
+}
+
+struct Lookup {
+  __m512 values;
+
+  explicit Lookup(const float* code) : values(_mm512_loadu_ps(code)) {}
+
+  // a lookup reads the lower four bits of an index
+  Vec operator()(Words words, int shift) const {
+    return _mm512_permutexvar_ps(_mm512_srl_epi32(words, _mm_cvtsi32_si128(shift)), values);
+  }
+};
+
 inline uint32_t abs_bits_max(const float* w, int64_t n) {
   const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
   __m512i most = _mm512_setzero_si512();
@@ -129,6 +201,9 @@ struct Decoder<float> {
   __m512 values;
 
   Decoder(const float* code, float a) : values(scaled(code, a)) {}
+  // values that were rounded to T
+  template <class T>
+  Decoder(const float* code, float a, const T*) : values(rounded<T>(scaled(code, a))) {}
 
   void operator()(const uint8_t* packed, float* out) const {
     for (int i = 0; i < 16; i += 8) {

@@ -20,6 +20,81 @@ uint32_t abs_bits_max(const T* w, int64_t n) {
   return most;
 }
 
+constexpr int64_t kWidth = 4;
+constexpr int kTileRows = 4;
+
+struct Vec {
+  float v[kWidth];
+};
+
+template <class T>
+Vec load(const T* p) {
+  Vec x;
+  for (int i = 0; i < kWidth; ++i) x.v[i] = to_float(p[i]);
+  return x;
+}
+
+template <class T>
+void store(T* p, const Vec& x) {
+  for (int i = 0; i < kWidth; ++i) from_float(x.v[i], p + i);
+}
+
+inline Vec splat(float x) { return {{x, x, x, x}}; }
+
+inline Vec add(const Vec& a, const Vec& b) {
+  Vec y;
+  for (int i = 0; i < kWidth; ++i) y.v[i] = a.v[i] + b.v[i];
+  return y;
+}
+
+inline Vec multiply(const Vec& a, const Vec& b) {
+  Vec y;
+  for (int i = 0; i < kWidth; ++i) y.v[i] = a.v[i] * b.v[i];
+  return y;
+}
+
+// two roundings: a fused one is a call of a function on most processors without more flags
+inline Vec fma(const Vec& a, const Vec& b, const Vec& c) { return add(multiply(a, b), c); }
+
+template <class T>
+Vec rounded(const Vec& x) {
+  T narrowed[kWidth];
+  store(narrowed, x);
+  return load(narrowed);
+}
+
+struct Words {
+  uint32_t v[kWidth];
+};
+
+inline Vec as_floats(const Words& x) {
+  Vec y;
+  for (int i = 0; i < kWidth; ++i) y.v[i] = float_of_bits(x.v[i]);
+  return y;
+}
+
+inline void load_words(const uint8_t* const* rows, int64_t at, Words (&w)[4]) {
+  for (int i = 0; i < 4; ++i) {
+    for (int j = 0; j < kWidth; ++j) {
+      const uint8_t* p = rows[j] + at + 4 * i;
+      w[i].v[j] =
+          uint32_t{p[0]} | uint32_t{p[1]} << 8 | uint32_t{p[2]} << 16 | uint32_t{p[3]} << 24;
+    }
+  }
+}
+
+struct Lookup {
+  const float* code;
+
+  explicit Lookup(const float* code) : code(code) {}
+
+  Vec operator()(const Words& words, int shift) const {
+    Vec x;
+    for (int i = 0; i < kWidth; ++i) x.v[i] = code[words.v[i] >> shift & 15];
+    return x;
+  }
+};
+
 struct Encoder {
   const float* thresholds;
 
@@ -44,6 +119,15 @@ struct Decoder {
 
   Decoder(const float* code, float a) {
     for (int i = 0; i < 16; ++i) from_float(code[i] * a, &values[i]);
+  }
+  // values that were rounded to U
+  template <class U>
+  Decoder(const float* code, float a, const U*) {
+    for (int i = 0; i < 16; ++i) {
+      U value;
+      from_float(code[i] * a, &value);
+      values[i] = to_float(value);
+    }
   }
 
   void operator()(const uint8_t* packed, T* out) const {

@@ -18,29 +18,31 @@ from fastlora.codebooks import STATS_GROUP, dynamic_lut, nf4_code, nf4_threshold
 from fastlora.reference import dropout_threshold
 
 ISAS = ("avx512", "avx2", "portable")  # best first
-_ABI = 1  # FASTLORA_ABI of csrc/fastlora.h
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_ABI = 2  # FASTLORA_ABI of csrc/fastlora.h
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_I, _L, _U, _F, _P = c_int, c_int64, c_uint32, c_float, c_void_p
+_ROWS = (_P, _L)  # a matrix and how far apart its rows are
+_DROPOUT = (_P, _U, _F)  # state, threshold, scale of what is kept
 _SIGNATURES = {
-    "fastlora_abi": (c_int, []),
+    "fastlora_abi": (_I, []),
     "fastlora_isas": (c_char_p, []),
     "fastlora_isa": (c_char_p, []),
-    "fastlora_use_isa": (c_int, [c_char_p]),
-    "fastlora_has_threads": (c_int, []),
-    "fastlora_quantize_blocks": (
-        c_int64,
-        [c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int],
-    ),
-    "fastlora_quantize_stats": (
+    "fastlora_use_isa": (_I, [c_char_p]),
+    "fastlora_has_threads": (_I, []),
+    "fastlora_quantize_blocks": (_L, [_P, _I, _L, _L, _P, _P, _P, _I]),
+    "fastlora_quantize_stats": (None, [_P, _L, _P, _P, _P, _P, _I]),
+    "fastlora_dequantize_blocks": (None, [*[_P] * 7, _L, _L, _I, _P, _I]),
+    "fastlora_dropout": (None, [_P, _I, _L, _L, _L, *_DROPOUT, _P, _I]),
+    "fastlora_lora_down": (None, [*_ROWS, _I, _L, _L, *_ROWS, _L, *_DROPOUT, _P, _I]),
+    "fastlora_linear": (None, [*_ROWS, _I, _L, _L, _P, _P, *_ROWS, *_ROWS, _L, _F, _P, _I]),
+    "fastlora_lora_bwd_ds_db": (
         None,
-        [c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int],
+        [*_ROWS, _I, _L, _L, *_ROWS, *_ROWS, _L, _F, *_ROWS, _P, _I],
     ),
-    "fastlora_dequantize_blocks": (
+    "fastlora_lora_bwd_da": (None, [*_ROWS, _I, _L, _L, *_ROWS, _L, *_DROPOUT, _P, _I]),
+    "fastlora_linear_dx": (
         None,
-        [*[c_void_p] * 7, c_int64, c_int64, c_int, c_void_p, c_int],
-    ),
-    "fastlora_dropout": (
-        None,
-        [c_void_p, c_int, *[c_int64] * 3, c_void_p, c_uint32, c_float, c_void_p, c_int],
+        [_P, _P, _P, _L, _I, _L, _L, *_ROWS, *_ROWS, _L, *_DROPOUT, _I, _P, _I],
     ),
 }
 
@@ -79,12 +81,12 @@ def unavailable_reason() -> str:
 
 def isas() -> tuple[str, ...]:
     """The instruction sets that were built and run on this CPU, best first."""
-    return tuple(_library().fastlora_isas().decode().split(","))
+    return tuple(library().fastlora_isas().decode().split(","))
 
 
 def isa() -> str:
     """The instruction set in use: one of `ISAS`."""
-    return _library().fastlora_isa().decode()
+    return library().fastlora_isa().decode()
 
 
 def use_isa(name: str) -> None:
@@ -96,12 +98,12 @@ def use_isa(name: str) -> None:
     Raises:
         RuntimeError: `name` is unknown or does not run on this CPU.
     """
-    _use_isa(_library(), name)
+    _use_isa(library(), name)
 
 
 def threads() -> int:
     """How many threads large work uses: 1 in a forked child and without an OpenMP runtime."""
-    if _forked or not _library().fastlora_has_threads():
+    if _forked or not library().fastlora_has_threads():
         return 1
     return torch.get_num_threads()
 
@@ -132,11 +134,19 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     return library, ""
 
 
-def _library() -> ctypes.CDLL:
-    library, reason = _load()
-    if library is None:
+def library() -> ctypes.CDLL:
+    """The library, loaded once.
+
+    Returns:
+        Its functions are those of csrc/fastlora.h.
+
+    Raises:
+        RuntimeError: it was not built or cannot be loaded; the message says what to do.
+    """
+    loaded, reason = _load()
+    if loaded is None:
         raise RuntimeError(reason)
-    return library
+    return loaded
 
 
 def _use_isa(library: ctypes.CDLL, name: str) -> None:
@@ -156,9 +166,9 @@ def quantize_blocks(w: Tensor, blocksize: int) -> tuple[Tensor, Tensor, int]:
     n = w.numel()
     packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device="cpu")
     absmax = torch.empty(-(-n // blocksize), dtype=torch.float32, device="cpu")
-    nonfinite = _library().fastlora_quantize_blocks(
+    nonfinite = library().fastlora_quantize_blocks(
         w.data_ptr(),
-        _DTYPES[w.dtype],
+        DTYPES[w.dtype],
         n,
         blocksize,
         nf4_thresholds().data_ptr(),
@@ -176,7 +186,7 @@ def quantize_stats(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     offset = absmax.mean()  # by torch, so that the order of summation is bitsandbytes'
     codes = torch.empty(blocks, dtype=torch.uint8, device="cpu")
     absmax2 = torch.empty(-(-blocks // STATS_GROUP), dtype=torch.float32, device="cpu")
-    _library().fastlora_quantize_stats(
+    library().fastlora_quantize_stats(
         absmax.data_ptr(),
         blocks,
         offset.data_ptr(),
@@ -202,7 +212,7 @@ def dequantize_blocks(
     packed, absmax = packed.contiguous(), absmax.contiguous()
     nested = absmax.dtype == torch.uint8
     out = torch.empty(numel, dtype=dtype, device="cpu")
-    _library().fastlora_dequantize_blocks(
+    library().fastlora_dequantize_blocks(
         packed.data_ptr(),
         None if nested else absmax.data_ptr(),
         absmax.data_ptr() if nested else None,
@@ -212,7 +222,7 @@ def dequantize_blocks(
         nf4_code().data_ptr(),
         numel,
         blocksize,
-        _DTYPES[dtype],
+        DTYPES[dtype],
         out.data_ptr(),
         threads(),
     )
@@ -229,21 +239,26 @@ def dropout(x: Tensor, state: Tensor | None, p: float) -> Tensor:
     """
     if p == 0:
         return x
-    threshold = dropout_threshold(p)
     if x.stride(1) != 1:
         x = x.contiguous()
     M, K = x.shape
     out = torch.empty(M, K, dtype=x.dtype, device="cpu")
-    _library().fastlora_dropout(
+    library().fastlora_dropout(
         x.data_ptr(),
-        _DTYPES[x.dtype],
+        DTYPES[x.dtype],
         x.stride(0),
         M,
         K,
-        state.data_ptr(),
-        threshold,
-        65536 / (65536 - threshold),
+        *dropout_arguments(state, p),
         out.data_ptr(),
         threads(),
     )
     return out
+
+
+def dropout_arguments(state: Tensor | None, p: float) -> tuple[int | None, int, float]:
+    """The pointer to a dropout state, the threshold, and the scale of what is kept."""
+    if p == 0:
+        return None, 0, 1.0
+    threshold = dropout_threshold(p)
+    return state.data_ptr(), threshold, 65536 / (65536 - threshold)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fastlora.member import Member
-from fastlora.plan import Path
+from fastlora.nf4 import NF4Weight
+from fastlora.plan import Backward, Forward, Path
 
 
 @dataclass(frozen=True)
@@ -81,18 +82,30 @@ def forward(
         ys = [impl.linear(x, w, bias) for w, bias in zip(weights, biases, strict=True)]
         return ys, s
     s = None if a is None else impl.lora_down(x, a, state, p)
+    weights = _weights(impl, members, dtype, packed=path.forward == "packed")
     ys = []
-    for m, w, bias, ranks in zip(
-        members, _weights(impl, members, dtype), biases, _ranks(members), strict=True
-    ):
-        if not m.R:
-            ys.append(impl.linear(x, w, bias))
-        elif path.forward == "gemm":
-            ys.append(impl.linear_lora(x, w, bias, s[:, ranks], m.b.to(dtype), m.scale))
-        else:
-            y = impl.linear(x, w, bias)
-            ys.append(impl.lora_up(y, s[:, ranks], m.b.to(dtype), m.scale))
+    for m, w, bias, ranks in zip(members, weights, biases, _ranks(members), strict=True):
+        lora = (s[:, ranks], m.b.to(dtype), m.scale) if m.R else None
+        ys.append(_output(impl, path.forward, x, w, bias, lora))
     return ys, s
+
+
+def _output(
+    impl: ModuleType,
+    way: Forward,
+    x: Tensor,
+    w: Tensor | NF4Weight,
+    bias: Tensor | None,
+    lora: tuple[Tensor, Tensor, float] | None,
+) -> Tensor:
+    """y [M, N] of one member; `lora` is s [M, R], b [N, R] and the scale."""
+    if isinstance(w, NF4Weight):
+        return impl.linear_packed(x, w, bias, *(lora or (None, None, 1.0)))
+    if lora is None:
+        return impl.linear(x, w, bias)
+    if way == "gemm":
+        return impl.linear_lora(x, w, bias, *lora)
+    return impl.lora_up(impl.linear(x, w, bias), *lora)
 
 
 def backward(
@@ -148,13 +161,9 @@ def backward(
     needs_tail = needs_dx and a is not None  # the LoRA part of dx
     dx = da = None
     if needs_dx:
-        weights = _weights(impl, [members[i] for i in used], dtype)
-        if needs_tail and path.dx == "gemm" and len(used) == 1:
-            dx = impl.linear_dx_lora(dys[used[0]], next(weights), ds, a, state, p)
-            needs_tail = False
-        else:
-            for i, w in zip(used, weights, strict=True):
-                dx = impl.linear_dx(dys[i], w, dx)
+        tail = (ds, a, state, p) if needs_tail else None
+        dx, has_tail = _dx(impl, path.dx, [dys[i] for i in used], [members[i] for i in used], tail)
+        needs_tail = needs_tail and not has_tail
     if needs_tail and needs_da:
         da, dx = impl.lora_bwd_da_dx(x, dx, ds, a, state, p)
     elif needs_tail:
@@ -165,6 +174,29 @@ def backward(
         if needs[i].da:
             grads[i].da = da[ranks[i]].to(members[i].a.dtype)
     return dx, grads
+
+
+def _dx(
+    impl: ModuleType,
+    way: Backward,
+    dys: Sequence[Tensor],
+    members: Sequence[Member],
+    tail: tuple[Tensor, Tensor, Tensor | None, float] | None,
+) -> tuple[Tensor, bool]:
+    """The sum of dy w [M, K], and whether the LoRA part is in it; `tail` is ds, a, state and p."""
+    weights = _weights(impl, members, dys[0].dtype, packed=way == "packed")
+    if way == "gemm" and tail is not None and len(members) == 1:
+        return impl.linear_dx_lora(dys[0], next(weights), *tail), True
+    dx, packed = None, []
+    for dy, w in zip(dys, weights, strict=True):
+        if isinstance(w, NF4Weight):
+            packed.append((dy, w))
+        else:
+            dx = impl.linear_dx(dy, w, dx)
+    if not packed:
+        return dx, False
+    dx = impl.linear_dx_packed(*zip(*packed, strict=True), dx, *(tail or (None, None, None, 0.0)))
+    return dx, tail is not None
 
 
 def _stacked_a(members: Sequence[Member], dtype: torch.dtype) -> Tensor | None:
@@ -183,8 +215,12 @@ def _ranks(members: Sequence[Member]) -> Iterator[slice]:
         start += m.R
 
 
-def _weights(impl: ModuleType, members: Sequence[Member], dtype: torch.dtype) -> Iterator[Tensor]:
-    """Dense [N, K] of each member; the 4-bit ones are decoded at once."""
-    packed = [m.weight for m in members if m.quantised]
-    decoded = iter(impl.dequantize(packed, dtype) if packed else ())
+def _weights(
+    impl: ModuleType, members: Sequence[Member], dtype: torch.dtype, packed: bool
+) -> Iterator[Tensor | NF4Weight]:
+    """[N, K] of each member; the 4-bit ones are decoded at once, unless they stay packed."""
+    if packed:
+        return (m.weight for m in members)
+    quantised = [m.weight for m in members if m.quantised]
+    decoded = iter(impl.dequantize(quantised, dtype) if quantised else ())
     return (next(decoded) if m.quantised else m.weight for m in members)

@@ -15,7 +15,12 @@ Backward, dx = dy w + mask * (ds a):
     gemm     a Triton GEMM that adds the term after its loop. One layer, not a group.
 
 `benchmarks gpu` measures a device; what it found is shipped in `fastlora/plans/`, one JSON file per
-device. Where nothing was measured, the roofline below decides. Other backends have one way.
+device. Where nothing was measured, the roofline below decides. Other backends have one way: the
+reference those of the first lines, the CPU its own for NF4 weights:
+
+    packed   our GEMM, which decodes a panel of the weight into the cache where it needs it and adds
+             the LoRA term before it writes a tile, in the forward and for dx. Dense weights go the
+             first way.
 """
 
 import json
@@ -30,8 +35,8 @@ import torch
 
 from fastlora.member import Member
 
-Forward = Literal["addmm", "augment", "gemm"]
-Backward = Literal["tail", "gemm"]
+Forward = Literal["addmm", "augment", "gemm", "packed"]
+Backward = Literal["tail", "gemm", "packed"]
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,7 @@ DEVICES = {
 _OTHER = DEVICES["A100"]
 
 PLAIN = Path("addmm", "tail", "the one path of this backend")
+PACKED = Path("packed", "packed", "the one path of this backend")
 
 
 def choose(backend: str, device: torch.device, problem: Problem) -> Path:
@@ -117,7 +123,7 @@ def choose(backend: str, device: torch.device, problem: Problem) -> Path:
         The path; always the same for the same arguments, unless inside `forced`.
     """
     if backend != "triton":
-        return PLAIN
+        return PACKED if backend == "cpu" else PLAIN
     return _forced.get(problem) or _choose(device_kind(device), problem)
 
 

@@ -220,3 +220,31 @@ def linear_dx_lora(
 ) -> Tensor:
     """dx [M, K] = dy w + mask * (ds a)."""
     return lora_bwd_dx(linear_dx(dy, w), ds, a, state, p)
+
+
+def linear_packed(
+    x: Tensor,
+    q: "NF4Weight",
+    bias: Tensor | None,
+    s: Tensor | None,
+    b: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """y [M, N] = x w^T + bias + scale * s b^T, without s and b the base layer alone."""
+    (w,) = dequantize([q], x.dtype)
+    return linear(x, w, bias) if s is None else linear_lora(x, w, bias, s, b, scale)
+
+
+def linear_dx_packed(
+    dys: Sequence[Tensor],
+    weights: "Sequence[NF4Weight]",
+    dx: Tensor | None,
+    ds: Tensor | None,
+    a: Tensor | None,
+    state: Tensor | None,
+    p: float,
+) -> Tensor:
+    """dx [M, K] = sum of dy w + mask * (ds a), added to dx where it is given; may overwrite dx."""
+    for dy, w in zip(dys, dequantize(weights, dys[0].dtype), strict=True):
+        dx = linear_dx(dy, w, dx)
+    return dx if ds is None else lora_bwd_dx(dx, ds, a, state, p)

@@ -114,7 +114,7 @@ def test_whole_layers_take_what_won(monkeypatch):
     before = plan.choose("triton", device, problem)
     with plan.forced(table):
         assert plan.choose("triton", device, problem) == table[problem]
-        assert plan.choose("cpu", device, problem) == plan.PLAIN
+        assert plan.choose("reference", device, problem) == plan.PLAIN
         other = ways.problem_of(sizes, "dropout 0.05")
         assert plan.choose("triton", device, other).reason != "measured in this run"
     assert plan.choose("triton", device, problem) == before

@@ -158,14 +158,18 @@ def test_a_group_computes_what_its_members_do(mixture, shape, impl, calls):
 
 
 def test_x_is_read_once_and_one_node_serves_all(impl, monkeypatch):
-    passes = ("lora_down", "lora_bwd_da_dx", "linear", "linear_dx", "lora_bwd_ds_db")
-    counts = count(monkeypatch, impl, passes)
+    expected = {"lora_down": 1, "lora_bwd_ds_db": 3}
+    if impl is backend.load("cpu"):  # one product for all of dx, the LoRA part included
+        expected |= {"linear_packed": 3, "linear_dx_packed": 1, "lora_bwd_da": 1}
+    else:
+        expected |= {"linear": 3, "linear_dx": 3, "lora_bwd_da_dx": 1}
+    counts = count(monkeypatch, impl, expected)
     module, x = grouped(Attention()), inputs()
     ys = [child(x) for child in module.layers]
     assert counts["lora_down"] == 1
     assert ys[0].grad_fn is ys[1].grad_fn is ys[2].grad_fn
     sum(y.sum() for y in ys).backward()
-    assert counts == dict(zip(passes, (1, 1, 3, 3, 3), strict=True))
+    assert counts == expected
 
 
 def test_the_members_share_one_mask(impl, monkeypatch):

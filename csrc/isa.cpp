@@ -1,0 +1,85 @@
+// Which kernels run: asks the CPU what it can.
+#include "isa.h"
+
+#include <atomic>
+#include <cstring>
+
+#include "fastlora.h"
+
+#if FASTLORA_X86
+#include <cpuid.h>
+#endif
+
+namespace fastlora {
+namespace {
+
+struct Isa {
+  const Kernels* kernels;
+  bool runs;
+};
+
+#if FASTLORA_X86
+bool has_avx2() {
+  __builtin_cpu_init();
+  unsigned a = 0, b = 0, c = 0, d = 0;  // F16C by hand, its name is unknown to older compilers
+  const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+  return f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+#endif
+
+// best first, the last one always runs
+const Isa kIsas[] = {
+#if FASTLORA_X86
+    {&kAvx512, has_avx512()},
+    {&kAvx2, has_avx2()},
+#endif
+    {&kPortable, true},
+};
+
+const Kernels* best() {
+  for (const Isa& isa : kIsas) {
+    if (isa.runs) return isa.kernels;
+  }
+  return &kPortable;
+}
+
+std::atomic<const Kernels*> active{best()};
+
+}  // namespace
+
+const Kernels& kernels() { return *active.load(std::memory_order_relaxed); }
+
+}  // namespace fastlora
+
+using namespace fastlora;
+
+const char* fastlora_isas(void) {
+  static char names[64] = "";
+  if (names[0] == 0) {
+    char joined[sizeof(names)] = "";
+    for (const Isa& isa : kIsas) {
+      if (!isa.runs) continue;
+      if (joined[0] != 0) std::strcat(joined, ",");
+      std::strcat(joined, isa.kernels->name);
+    }
+    std::memcpy(names, joined, sizeof(names));
+  }
+  return names;
+}
+
+const char* fastlora_isa(void) { return kernels().name; }
+
+int fastlora_use_isa(const char* name) {
+  for (const Isa& isa : kIsas) {
+    if (isa.runs && std::strcmp(isa.kernels->name, name) == 0) {
+      active = isa.kernels;
+      return 0;
+    }
+  }
+  return 1;
+}
