@@ -52,8 +52,9 @@ def unchunk_loss(root: nn.Module) -> None:
     Args:
         root: the model, unwrapped.
     """
-    for handle in vars(root).pop(_HOOKS, ()):
-        handle.remove()
+    for module in (root, _language_model(root)):  # a PEFT model, or what it was made from
+        for handle in vars(module).pop(_HOOKS, ()) if module is not None else ():
+            handle.remove()
 
 
 def why_not(root: nn.Module) -> str:
@@ -84,7 +85,8 @@ def why_not(root: nn.Module) -> str:
         return f"its output head is a {type(head).__name__}"
     if is_hooked(head):
         return "its output head has hooks"
-    return "" if _HOOKS in vars(root) else "chunked_loss is off"
+    prepared = _HOOKS in vars(root) or _HOOKS in vars(model)
+    return "" if prepared else "chunked_loss is off"
 
 
 class NoLogits:
@@ -181,7 +183,8 @@ def _arm(root: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
 def _disarm(root: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
     """After a forward, also one that raised: the model as it was, an output without logits."""
     model = _language_model(root)
-    if model is None or not isinstance(vars(model).get("_loss_function"), partial):
+    armed = None if model is None else vars(model).get("_loss_function")
+    if not isinstance(armed, partial) or armed.func is not _loss:
         return output
     del model._loss_function
     vars(model.get_output_embeddings()).pop("forward", None)

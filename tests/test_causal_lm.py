@@ -2,6 +2,7 @@
 
 import copy
 import io
+from functools import partial
 
 import pytest
 import torch
@@ -221,9 +222,10 @@ def test_peft_models(first):
             prepare_for_training(wrapped, chunked_loss=m is model)
         if m is model:
             ours = wrapped
-    if first == "wrap":
-        assert explain_loss(ours) == "loss: in chunks"
+    assert explain_loss(ours) == "loss: in chunks"
     assert_same_step(ours, wrapped)
+    prepare_for_training(ours, chunked_loss=False)
+    assert step(ours)[2].logits is not None
 
 
 def test_data_parallel_wrappers():
@@ -351,12 +353,19 @@ def test_models_that_do_more_with_their_logits_are_left_alone(make, capsys):
     assert all(torch.equal(grad, expected_grads[name]) for name, grad in grads.items())
 
 
-def test_a_loss_function_given_later_gets_logits():
+def test_a_loss_function_given_later_gets_logits_and_stays():
     model = prepare_for_training(llama().train())
     step(model)
     seen = []
-    model.loss_function = lambda logits, labels, **_: seen.append(logits) or logits.mean()
+
+    def mean(weight, logits, **_):
+        seen.append(logits)
+        return weight * logits.mean()
+
+    model.loss_function = partial(mean, 2.0)
     step(model)
+    step(model)
+    assert len(seen) == 2
     assert seen[0].shape == (*tokens().shape, VOCAB)
 
 
