@@ -5,6 +5,7 @@ forward made the node, which the profiler knows by the node's number.
 """
 
 import functools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from statistics import median
@@ -51,9 +52,10 @@ def trace(step: TrainingStep) -> list[tuple[FunctionEvent, str]]:
         Every event and the part it belongs to.
     """
     gpu = step.tokens.is_cuda
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # it reports its starts and stops on stderr
     with (
         _ranges(step.model),
-        profile(use_device="cuda" if gpu else None, use_kineto=gpu) as found,
+        profile(use_device="cuda" if gpu else None) as found,
     ):
         step()
     events = found.function_events
