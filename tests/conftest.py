@@ -29,6 +29,8 @@ import numpy as np  # noqa: E402  the environment comes first
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from fastlora import native  # noqa: E402
+
 if os.environ.get("TRITON_INTERPRET"):
     np.seterr(all="ignore")  # the interpreter computes in NumPy, which warns where a GPU does not
 
@@ -48,3 +50,24 @@ def reproducible():
     random.seed(0)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=native.ISAS)
+def isa(request: pytest.FixtureRequest):
+    """Run the test once in each instruction set of the C++ kernels."""
+    if not native.available():
+        pytest.skip(native.unavailable_reason())
+    if request.param not in native.isas():
+        pytest.skip(f"this CPU has no {request.param}")
+    before = native.isa()
+    native.use_isa(request.param)
+    yield request.param
+    native.use_isa(before)
+
+
+@pytest.fixture
+def threads():
+    """Give the number of threads back after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

@@ -25,27 +25,6 @@ needs_kernels = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(params=native.ISAS)
-def isa(request: pytest.FixtureRequest):
-    """Run the test once in each instruction set."""
-    if not native.available():
-        pytest.skip(native.unavailable_reason())
-    if request.param not in native.isas():
-        pytest.skip(f"this CPU has no {request.param}")
-    before = native.isa()
-    native.use_isa(request.param)
-    yield request.param
-    native.use_isa(before)
-
-
-@pytest.fixture
-def threads():
-    """Give the number of threads back after the test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def weights(n: int, dtype: torch.dtype) -> Tensor:
     """Normal weights, a stretch of zeros, and one whose absmax has no finite reciprocal."""
     w = torch.randn(n)
