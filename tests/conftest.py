@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,3 +72,30 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def guards(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """Lay guard bytes around whatever `torch.empty` returns, aligned to its elements and no more.
+
+    Returns:
+        A function that asserts that no guard was written to, and returns how many tensors have
+        been guarded.
+    """
+    guarded = []
+
+    def empty(*shape: int | torch.Size, dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
+        size = torch.Size(shape[0] if isinstance(shape[0], torch.Size) else shape)
+        first = 64 + dtype.itemsize
+        last = first + size.numel() * dtype.itemsize
+        buffer = torch.full((last + 128,), 0xA5, dtype=torch.uint8, device=device)
+        guarded.append((buffer[:first], buffer[last:]))
+        return buffer[first:last].view(dtype).view(size)
+
+    def check() -> int:
+        for guard in (guard for pair in guarded for guard in pair):
+            assert torch.all(guard == 0xA5)
+        return len(guarded)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    return check

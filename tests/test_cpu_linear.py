@@ -235,3 +235,17 @@ def test_threads_change_nothing_but_db(isa, shape, dtype, threads):
         assert set(same(got, expected)) >= expected.keys() - {"db"}, n
         assert torch.equal(again["db"], got["db"]), n
         check(got["db"], lambda dy, s: SCALE * (dy.T @ s), t["dy"], t["s"])
+
+
+@each_dtype
+def test_nothing_is_written_past_an_output(isa, dtype, guards):
+    shapes = [shape for shape in SHAPES if shape[0] < 100]
+    for M, K, N, R, *form in shapes:
+        t, q = layer(M, K, N, R, dtype), weight(N, K, *form)
+        results = every_op(t, q)
+        cpu.linear_packed(t["x"], q, None, None, None, SCALE)
+        cpu.linear_dx_packed([t["dy"]], [q], results["dx"], None, None, None, 0)
+        cpu.lora_up(results["y"], t["s"], t["b"], SCALE)
+        cpu.lora_bwd_dx(results["dx"], t["s"], t["a"], dropout_state(), P)
+        check(results["ds"], lambda dy, b: SCALE * (dy @ b), t["dy"], t["b"])
+    assert guards() == 7 * len(shapes)
