@@ -32,8 +32,21 @@ bool has_avx512() {
 }
 #endif
 
+#if FASTLORA_X86_BF16
+bool has_avx512bf16() {
+#if defined(FASTLORA_EMULATE)
+  return has_avx512();
+#else
+  return has_avx512() && __builtin_cpu_supports("avx512bf16");
+#endif
+}
+#endif
+
 // best first, the last one always runs
 const Isa kIsas[] = {
+#if FASTLORA_X86_BF16
+    {&kAvx512Bf16, has_avx512bf16()},
+#endif
 #if FASTLORA_X86
     {&kAvx512, has_avx512()},
     {&kAvx2, has_avx2()},

@@ -76,13 +76,9 @@ struct Nf4 {
 
 // [rows, depth]
 struct Left {
-  enum Form {
-    kRows,     // element (i, k) is data[i * stride + k]
-    kColumns,  // element (i, k) is data[k * stride + i]
-  } form;
   const void* data;
-  int64_t stride;
-  const Mask* drop;  // dropout of the operand, or null; only with kRows
+  int64_t stride;    // between rows
+  const Mask* drop;  // dropout of the operand, or null
 };
 
 // [depth, columns]
@@ -103,7 +99,7 @@ struct Term {
   Left left;
   Right right;
   int64_t depth;
-  int64_t step;  // depth of a panel, at most kDepth: it alone decides the order of sums
+  int64_t step;  // depth of a panel, at most kDepth slots: it alone decides the order of sums
   // rows of the left operand that all blocks of a call share: [depth / step, packed_rows,
   // kLeftStride]
   const float* packed;
@@ -136,7 +132,7 @@ struct Tokens {
   const float* adapter;  // [columns, r rounded up to kUnit]; null: no out
   void* out;             // T
   int64_t out_stride;
-  const Left* factors;  // [r, rows], by columns; null: no reduced
+  const Left* factors;  // [rows, r]; null: no reduced
   float* reduced;       // rows reduced_stride apart, which is a multiple of kUnit
   int64_t reduced_stride;
   int64_t r;
@@ -166,6 +162,7 @@ static_assert(kScratch >=
 // arrays are indexed by dtype, FASTLORA_FP32 first
 struct Kernels {
   const char* name;
+  int per_slot[3];  // numbers of the depth that one slot of a product's operands holds
   int64_t (*quantize_blocks[3])(const QuantizeBlocks&, int64_t first, int64_t last);  // NaN + Inf
   void (*quantize_stats)(const QuantizeStats&, int64_t first, int64_t last);
   void (*dequantize_blocks[3])(const DequantizeBlocks&, int64_t first, int64_t last);
@@ -184,6 +181,13 @@ extern const Kernels kAvx512;
 extern const Kernels kAvx2;
 #else
 #define FASTLORA_X86 0
+#endif
+// instructions that older compilers do not know
+#if FASTLORA_X86 && (__GNUC__ >= 10 || __clang_major__ >= 9)
+#define FASTLORA_X86_BF16 1
+extern const Kernels kAvx512Bf16;
+#else
+#define FASTLORA_X86_BF16 0
 #endif
 extern const Kernels kPortable;
 

@@ -93,8 +93,9 @@ constexpr double kCycles = 50000;
 int64_t panels(const Term& term) { return term.depth == 0 ? 0 : ceil_div(term.depth, term.step); }
 
 // Panels of nearly equal depth, in whole chunks of packed codes.
-Term term_of(const Left& left, const Right& right, int64_t depth) {
-  const int64_t count = std::max<int64_t>(1, ceil_div(depth, kDepth));
+Term term_of(const Left& left, const Right& right, int64_t depth, int dtype) {
+  const int64_t most = kDepth * kernels().per_slot[dtype];
+  const int64_t count = std::max<int64_t>(1, ceil_div(depth, most));
   return {left, right, depth, ceil_div(ceil_div(depth, count), kUnit) * kUnit, nullptr, 0};
 }
 
@@ -164,9 +165,8 @@ int team_of(int64_t rows, int64_t columns, int64_t r, int threads) {
 void pack_adapter(
     const Right& adapter, int dtype, int64_t depth, int64_t r, float* out, int threads) {
   const auto kernel = kernels().pack_adapter[dtype];
-  parallel_for(depth, ceil_div(32768, r), threads, [&](int64_t first, int64_t last) {
-    kernel(adapter, {first, last}, r, out);
-  });
+  parallel_for(depth, ceil_div(32768, r), threads,
+               [&](int64_t first, int64_t last) { kernel(adapter, {first, last}, r, out); });
 }
 
 // --- operands ----------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ void fastlora_lora_down(const void* x,
   const Mask mask = mask_of(state, threshold, keep_scale);
   const int team = team_of(m, k, r, threads);
   Tokens t{};
-  t.tokens = {Left::kRows, x, x_stride, state ? &mask : nullptr};
+  t.tokens = {x, x_stride, state ? &mask : nullptr};
   float* adapter = shared(k * padded(r));
   pack_adapter({Right::kColumns, a, a_stride, nullptr, 1}, dtype, k, r, adapter, team);
   t.adapter = adapter;
@@ -219,9 +219,8 @@ void fastlora_lora_down(const void* x,
   t.out_stride = r;
   t.r = r;
   const auto kernel = kernels().pass_tokens[dtype];
-  parallel_for(m, 1, team, [&](int64_t first, int64_t last) {
-    kernel(t, {first, last}, {0, k}, scratch());
-  });
+  parallel_for(m, 1, team,
+               [&](int64_t first, int64_t last) { kernel(t, {first, last}, {0, k}, scratch()); });
 }
 
 void fastlora_linear(const void* x,
@@ -240,11 +239,11 @@ void fastlora_linear(const void* x,
                      void* y,
                      int threads) {
   const Nf4 weight = w ? weight_of(*w) : Nf4{};
-  const Left left{Left::kRows, x, x_stride, nullptr};
-  const Term term = term_of(left, {Right::kNf4Columns, nullptr, 0, &weight, 1}, weight.k);
+  const Left left{x, x_stride, nullptr};
+  const Term term = term_of(left, {Right::kNf4Columns, nullptr, 0, &weight, 1}, weight.k, dtype);
   Product p{};
-  p.lora = term_of({Left::kRows, s, s_stride, nullptr},
-                   {Right::kColumns, b, b_stride, nullptr, scale}, r);
+  p.lora =
+      term_of({s, s_stride, nullptr}, {Right::kColumns, b, b_stride, nullptr, scale}, r, dtype);
   p.terms = &term;
   p.count = w ? 1 : 0;
   p.bias = bias;
@@ -270,9 +269,9 @@ void fastlora_lora_bwd_ds_db(const void* dy,
                              float* db,
                              int threads) {
   const int team = team_of(m, n, 2 * r, threads);
-  const Left factors{Left::kColumns, s, s_stride, nullptr};
+  const Left factors{s, s_stride, nullptr};
   Tokens t{};
-  t.tokens = {Left::kRows, dy, dy_stride, nullptr};
+  t.tokens = {dy, dy_stride, nullptr};
   t.reduced_stride = padded(n);
   // each thread has rows of ds, and a db of its own; those are summed up in the order of the rows
   const int64_t size = r * t.reduced_stride;
@@ -319,9 +318,9 @@ void fastlora_lora_bwd_da(const void* x,
                           int threads) {
   const Mask mask = mask_of(state, threshold, keep_scale);
   const int team = team_of(m, k, r, threads);
-  const Left factors{Left::kColumns, ds, ds_stride, nullptr};
+  const Left factors{ds, ds_stride, nullptr};
   Tokens t{};
-  t.tokens = {Left::kRows, x, x_stride, state ? &mask : nullptr};
+  t.tokens = {x, x_stride, state ? &mask : nullptr};
   t.factors = &factors;
   t.reduced_stride = padded(k);
   t.reduced = shared(r * t.reduced_stride);
@@ -365,12 +364,11 @@ void fastlora_linear_dx(const void* const* dys,
   std::vector<Term> terms(count);
   for (int64_t i = 0; i < count; ++i) {
     packed[i] = weight_of(weights[i]);
-    terms[i] = term_of({Left::kRows, dys[i], dy_strides[i], nullptr},
-                       {Right::kNf4Rows, nullptr, 0, &packed[i], 1}, packed[i].n);
+    terms[i] = term_of({dys[i], dy_strides[i], nullptr},
+                       {Right::kNf4Rows, nullptr, 0, &packed[i], 1}, packed[i].n, dtype);
   }
   Product p{};
-  p.lora =
-      term_of({Left::kRows, ds, ds_stride, nullptr}, {Right::kRows, a, a_stride, nullptr, 1}, r);
+  p.lora = term_of({ds, ds_stride, nullptr}, {Right::kRows, a, a_stride, nullptr, 1}, r, dtype);
   p.mask = state ? &mask : nullptr;
   p.terms = terms.data();
   p.count = count;

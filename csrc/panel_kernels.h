@@ -9,6 +9,11 @@
 //   as_floats(Words)                 the same bits
 //   Lookup(code), (words, shift)     the values of the four bits of each lane from bit `shift` on
 //   Decoder<float>(code, a, tag)     as in nf4_kernels.h, its values rounded to the tag's dtype
+//
+// A Format with two numbers of the depth in a slot defines beside what tile_kernels.h says:
+//   pack_run(in, count, out)         a run of the depth to slots, zeros after an odd count
+//   pack_rows(first, second, count, out)  two runs side by side: a number of each in every slot
+//   pack(first, second)              the same of registers of decoded weights, rounded
 
 template <class T>
 void widen(const T* in, int64_t count, float* out) {
@@ -19,48 +24,79 @@ void widen(const T* in, int64_t count, float* out) {
 
 // --- left ------------------------------------------------------------------------------------
 
+template <class Format, class T>
+void pack_run(const T* in, int64_t count, float* out) {
+  if constexpr (Format::kPerSlot == 1) {
+    widen(in, count, out);
+  } else {
+    Format::pack_run(in, count, out);
+  }
+}
+
 // Rows kLeftStride apart.
-template <class T>
+template <class T, class Format>
 void pack_left(const Left& left, int64_t row, int64_t rows, int64_t k, int64_t depth, float* out) {
-  const T* data = static_cast<const T*>(left.data);
-  if (left.form == Left::kColumns) {
-    for (int64_t p = 0; p < depth; ++p) {
-      const T* x = data + (k + p) * left.stride + row;
-      for (int64_t i = 0; i < rows; ++i) out[i * kLeftStride + p] = to_float(x[i]);
+  const T* x = static_cast<const T*>(left.data) + row * left.stride + k;
+  if (left.drop == nullptr) {
+    for (int64_t i = 0; i < rows; ++i) {
+      pack_run<Format>(x + i * left.stride, depth, out + i * kLeftStride);
     }
     return;
   }
-  const T* x = data + row * left.stride + k;
-  if (left.drop == nullptr) {
-    for (int64_t i = 0; i < rows; ++i) widen(x + i * left.stride, depth, out + i * kLeftStride);
-    return;
-  }
   const Philox philox(left.drop->seed);
-  T dropped[kDepth];
+  T dropped[kDepth * Format::kPerSlot];
   for (int64_t i = 0; i < rows; ++i) {
     drop_row(philox, *left.drop, row + i, k, depth, x + i * left.stride, dropped);
-    widen(dropped, depth, out + i * kLeftStride);
+    pack_run<Format>(dropped, depth, out + i * kLeftStride);
   }
 }
 
 // --- right, dense ----------------------------------------------------------------------------
 
-// One row of a panel, cut into slivers; columns past the end are zeros.
 template <class T>
-void pack_row(const T* row, int64_t columns, float scale, float* out, int64_t sliver) {
-  const Vec factor = splat(scale);
+void scale_run(const T* in, int64_t count, float scale, T* out) {
+  for (int64_t i = 0; i < count; ++i) from_float(to_float(in[i]) * scale, out + i);
+}
+
+// A run of at most kDepth numbers of the depth, scaled, to slots.
+template <class Format, class T>
+void pack_scaled(const T* in, int64_t count, float scale, float* out) {
+  if constexpr (Format::kPerSlot == 1) {
+    widen(in, count, out);
+    for (int64_t i = 0; i < count; ++i) out[i] *= scale;
+  } else {
+    T scaled[kDepth];
+    scale_run(in, count, scale, scaled);
+    Format::pack_run(scaled, count, out);
+  }
+}
+
+// One row of slots, cut into slivers, of the rows from `row` on; columns past the end are zeros.
+template <class Format, class T>
+void pack_row(const T* row,
+              int64_t stride,
+              int64_t rows,
+              int64_t columns,
+              float scale,
+              float* out,
+              int64_t sliver) {
   for (int64_t j = 0; j < columns; j += kSliver, out += sliver) {
     const int64_t count = columns - j < kSliver ? columns - j : kSliver;
-    widen(row + j, count, out);
-    for (int64_t i = count; i < kSliver; ++i) out[i] = 0;
-    for (int64_t i = 0; i < kSliver; i += kWidth) {
-      store(out + i, multiply(load(out + i), factor));
+    memset(out, 0, kSliver * sizeof(float));
+    if constexpr (Format::kPerSlot == 1) {
+      pack_scaled<Format>(row + j, count, scale, out);
+    } else {
+      T scaled[2][kSliver] = {};
+      for (int64_t i = 0; i < rows && i < 2; ++i) {
+        scale_run(row + i * stride + j, count, scale, scaled[i]);
+      }
+      Format::pack_rows(scaled[0], scaled[1], kSliver, out);
     }
   }
 }
 
-// Columns of the panel are rows in memory: kWidth of them are transposed, a few numbers at a time.
-template <class T>
+// Columns of the panel are rows in memory: kWidth of them are transposed, a few slots at a time.
+template <class T, class Format>
 void pack_lanes(const T* from,
                 int64_t stride,
                 int64_t lanes,
@@ -68,25 +104,29 @@ void pack_lanes(const T* from,
                 float scale,
                 float* out,
                 int64_t row) {
-  constexpr int64_t kChunk = 64;
-  const Vec factor = splat(scale);
-  float wide[kWidth][kChunk] = {};
+  constexpr int64_t kChunk = 64, kStride = kChunk / Format::kPerSlot;
+  float slots[kWidth][kStride] = {};
   const uint8_t* rows[kWidth];
-  for (int64_t i = 0; i < kWidth; ++i) rows[i] = reinterpret_cast<const uint8_t*>(wide[i]);
+  for (int64_t i = 0; i < kWidth; ++i) rows[i] = reinterpret_cast<const uint8_t*>(slots[i]);
   for (int64_t k = 0; k < depth; k += kChunk) {
     const int64_t count = depth - k < kChunk ? depth - k : kChunk;
-    for (int64_t i = 0; i < lanes; ++i) widen(from + i * stride + k, count, wide[i]);
-    for (int64_t p = 0; p < count; p += 4) {
+    const int64_t filled = (count + Format::kPerSlot - 1) / Format::kPerSlot;
+    for (int64_t i = 0; i < lanes; ++i) {
+      pack_scaled<Format>(from + i * stride + k, count, scale, slots[i]);
+    }
+    float* to = out + k / Format::kPerSlot * row;
+    for (int64_t p = 0; p < filled; p += 4) {
       Words words[4];
       load_words(rows, p * static_cast<int64_t>(sizeof(float)), words);
-      for (int64_t i = 0; i < 4 && p + i < count; ++i) {
-        store(out + (k + p + i) * row, multiply(as_floats(words[i]), factor));
+      for (int64_t i = 0; i < 4 && p + i < filled; ++i) {
+        store(to + (p + i) * row, as_floats(words[i]));
       }
     }
   }
 }
 
-template <class T>
+// Slivers `sliver` apart, rows of slots `row` apart.
+template <class T, class Format>
 void pack_dense(const Right& right,
                 int64_t k,
                 int64_t depth,
@@ -98,24 +138,17 @@ void pack_dense(const Right& right,
   const T* data = static_cast<const T*>(right.data);
   if (right.form == Right::kRows) {
     const T* from = data + k * right.stride + column;
-    for (int64_t i = 0; i < depth; ++i) {
-      pack_row(from + i * right.stride, columns, right.scale, out + i * row, sliver);
+    for (int64_t i = 0; i < depth; i += Format::kPerSlot) {
+      pack_row<Format>(from + i * right.stride, right.stride, depth - i, columns, right.scale,
+                       out + i / Format::kPerSlot * row, sliver);
     }
     return;
   }
   for (int64_t j = 0; j < columns; j += kWidth) {
     const int64_t lanes = columns - j < kWidth ? columns - j : kWidth;
-    pack_lanes(data + (column + j) * right.stride + k, right.stride, lanes, depth, right.scale,
-               out + j / kSliver * sliver + j % kSliver, row);
+    pack_lanes<T, Format>(data + (column + j) * right.stride + k, right.stride, lanes, depth,
+                          right.scale, out + j / kSliver * sliver + j % kSliver, row);
   }
-}
-
-// All columns of an adapter, rows r rounded up to kUnit apart.
-template <class T>
-void pack_adapter(const Right& right, Range depth, int64_t r, float* out) {
-  const int64_t row = (r + kUnit - 1) / kUnit * kUnit;
-  pack_dense<T>(right, depth.first, depth.last - depth.first, 0, r, out + depth.first * row, row,
-                kSliver);
 }
 
 // --- right, packed weights -------------------------------------------------------------------
@@ -124,16 +157,16 @@ void pack_adapter(const Right& right, Range depth, int64_t r, float* out) {
 inline bool in_chunks(const Nf4& w) { return w.k % kStep == 0; }
 
 template <class T>
-float weight_at(const Nf4& w, int64_t n, int64_t k) {
+T weight_at(const Nf4& w, int64_t n, int64_t k) {
   const int64_t i = n * w.k + k;
   const int code = w.blocks.packed[i / 2] >> (i % 2 == 0 ? 4 : 0) & 15;
   T value;
   from_float(w.blocks.code[code] * block_scale(w.blocks, i >> w.block_shift), &value);
-  return to_float(value);
+  return value;
 }
 
 // Elements one by one, for shapes whose rows are no whole chunks.
-template <class T>
+template <class T, class Format>
 void decode_any(const Nf4& w,
                 bool transposed,
                 int64_t k,
@@ -143,36 +176,56 @@ void decode_any(const Nf4& w,
                 float* out) {
   for (int64_t j = 0; j < columns; ++j) {
     float* to = out + j / kSliver * kSliver * kDepth + j % kSliver;
+    T run[kDepth * Format::kPerSlot];
+    float slots[kDepth];
     for (int64_t p = 0; p < depth; ++p) {
-      to[p * kSliver] =
-          transposed ? weight_at<T>(w, column + j, k + p) : weight_at<T>(w, k + p, column + j);
+      run[p] = transposed ? weight_at<T>(w, column + j, k + p) : weight_at<T>(w, k + p, column + j);
+    }
+    pack_run<Format>(run, depth, slots);
+    for (int64_t p = 0; p * Format::kPerSlot < depth; ++p) to[p * kSliver] = slots[p];
+  }
+}
+
+// Columns [k, k + columns) of row n of the weight: chunks of 32 neighbours are decoded at once.
+template <class T, class Out>
+void decode_row(const Nf4& w, int64_t n, int64_t k, int64_t columns, Out* out, int64_t sliver) {
+  const DequantizeBlocks& d = w.blocks;
+  for (int64_t j = 0; j < columns; j += kStep) {
+    const int64_t at = n * w.k + k + j;
+    const Decoder<Out> decode(d.code, block_scale(d, at >> w.block_shift),
+                              static_cast<const T*>(nullptr));
+    Out* to = out + j / kSliver * sliver + j % kSliver;
+    if (kSliver >= kStep || sliver == kSliver) {
+      decode(d.packed + at / 2, to);
+    } else {
+      Out chunk[kStep];
+      decode(d.packed + at / 2, chunk);
+      for (int64_t part = 0; part < kStep; part += kSliver, to += sliver) {
+        memcpy(to, chunk + part, kSliver * sizeof(Out));
+      }
     }
   }
 }
 
 constexpr int64_t kRowsAhead = 16;
 
-// Rows of the weight are rows of the panel: chunks of 32 neighbours are decoded at once.
-template <class T>
-void decode_rows(const Nf4& w, int64_t n, int64_t depth, int64_t k, int64_t columns, float* out) {
-  const DequantizeBlocks d = w.blocks;
+// Rows of the weight are rows of the panel.
+template <class T, class Format>
+void decode_rows(
+    const Nf4& weight, int64_t n, int64_t depth, int64_t k, int64_t columns, float* out) {
+  const Nf4 w = weight;  // a copy, which what is written cannot alias
   for (int64_t i = 0; i < depth; ++i) {
     // a short piece of every row: too short for the processor to read ahead
     const int64_t ahead = n + i + kRowsAhead;
-    if (ahead < w.n) prefetch(d.packed + (ahead * w.k + k) / 2, columns / 2);
-    for (int64_t j = 0; j < columns; j += kStep) {
-      const int64_t at = (n + i) * w.k + k + j;
-      const float scale = block_scale(d, at >> w.block_shift);
-      const Decoder<float> decode(d.code, scale, static_cast<const T*>(nullptr));
-      float* to = out + j * kDepth + i * kSliver;
-      if constexpr (kSliver == kStep) {
-        decode(d.packed + at / 2, to);
-      } else {
-        float chunk[kStep];
-        decode(d.packed + at / 2, chunk);
-        for (int64_t part = 0; part < kStep; part += kSliver) {
-          memcpy(to + part * kDepth, chunk + part, kSliver * sizeof(float));
-        }
+    if (ahead < w.n) prefetch(w.blocks.packed + (ahead * w.k + k) / 2, columns / 2);
+    if constexpr (Format::kPerSlot == 1) {
+      decode_row<T>(w, n + i, k, columns, out + i * kSliver, kSliver * kDepth);
+    } else if (i % 2 == 0) {
+      T rows[2][kBlockColumns] = {};
+      decode_row<T>(w, n + i, k, columns, rows[0], kSliver);
+      if (i + 1 < depth) decode_row<T>(w, n + i + 1, k, columns, rows[1], kSliver);
+      for (int64_t j = 0; j < columns; j += kSliver) {
+        Format::pack_rows(rows[0] + j, rows[1] + j, kSliver, out + j * kDepth + i / 2 * kSliver);
       }
     }
   }
@@ -180,7 +233,7 @@ void decode_rows(const Nf4& w, int64_t n, int64_t depth, int64_t k, int64_t colu
 
 // Rows of the weight are columns of the panel: lane j of a vector is row j, so that nothing has to
 // be transposed but words of eight codes.
-template <class T>
+template <class T, class Format>
 void decode_lanes(const Nf4& w, int64_t n, int64_t k, int64_t depth, float* out) {
   const DequantizeBlocks d = w.blocks;
   const Lookup lookup(d.code);
@@ -199,47 +252,53 @@ void decode_lanes(const Nf4& w, int64_t n, int64_t k, int64_t depth, float* out)
   float scales[kWidth] = {};
   for (int64_t p = 0; p < depth; p += kStep) {
     if (p == 0 || (k + p) % step == 0) {
-      for (int64_t i = 0; i < kWidth; ++i) {
-        scales[i] = block_scale(d, (starts[i] + p) >> shift);
-      }
+      for (int64_t i = 0; i < kWidth; ++i) scales[i] = block_scale(d, (starts[i] + p) >> shift);
     }
     const Vec scale = load(scales);
     Words words[4];
     load_words(rows, p / 2, words);
-    float* to = out + p * kSliver;
+    float* to = out + p / Format::kPerSlot * kSliver;
 #pragma GCC unroll 4
     for (const Words& word : words) {
-      // high nibble first
 #pragma GCC unroll 4
-      for (int byte = 0; byte < 32; byte += 8, to += 2 * kSliver) {
-        store(to, rounded<T>(multiply(lookup(word, byte + 4), scale)));
-        store(to + kSliver, rounded<T>(multiply(lookup(word, byte), scale)));
+      for (int byte = 0; byte < 32; byte += 8) {
+        // high nibble first
+        const Vec even = multiply(lookup(word, byte + 4), scale);
+        const Vec odd = multiply(lookup(word, byte), scale);
+        if constexpr (Format::kPerSlot == 1) {
+          store(to, rounded<T>(even));
+          store(to + kSliver, rounded<T>(odd));
+        } else {
+          store(to, Format::pack(even, odd));
+        }
+        to += 2 / Format::kPerSlot * kSliver;
       }
     }
   }
 }
 
-template <class T>
+template <class T, class Format>
 void decode_columns(
     const Nf4& w, int64_t k, int64_t depth, int64_t n, int64_t columns, float* out) {
   for (int64_t j = 0; j < columns; j += kSliver, out += kSliver * kDepth) {
-    decode_lanes<T>(w, n + j, k, depth, out);
-    if (columns - j > kWidth) decode_lanes<T>(w, n + j + kWidth, k, depth, out + kWidth);
+    decode_lanes<T, Format>(w, n + j, k, depth, out);
+    if (columns - j > kWidth) decode_lanes<T, Format>(w, n + j + kWidth, k, depth, out + kWidth);
   }
 }
 
-// Slivers kSliver * kDepth apart, rows kSliver apart.
-template <class T>
+template <class T, class Format>
 Panel pack_right(
     const Right& right, int64_t k, int64_t depth, int64_t column, int64_t columns, float* out) {
+  constexpr int64_t kApart = kSliver * kDepth;
   if (right.weight == nullptr) {
-    pack_dense<T>(right, k, depth, column, columns, out, kSliver, kSliver * kDepth);
+    pack_dense<T, Format>(right, k, depth, column, columns, out, kSliver, kApart);
   } else if (!in_chunks(*right.weight)) {
-    decode_any<T>(*right.weight, right.form == Right::kNf4Columns, k, depth, column, columns, out);
+    const bool transposed = right.form == Right::kNf4Columns;
+    decode_any<T, Format>(*right.weight, transposed, k, depth, column, columns, out);
   } else if (right.form == Right::kNf4Columns) {
-    decode_columns<T>(*right.weight, k, depth, column, columns, out);
+    decode_columns<T, Format>(*right.weight, k, depth, column, columns, out);
   } else {
-    decode_rows<T>(*right.weight, k, depth, column, columns, out);
+    decode_rows<T, Format>(*right.weight, k, depth, column, columns, out);
   }
-  return {out, kSliver, kSliver * kDepth};
+  return {out, kSliver, kApart};
 }

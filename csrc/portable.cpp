@@ -25,12 +25,14 @@ namespace {
 
 const Kernels kPortable = {
     "portable",
+    {1, 1, 1},
     {quantize_blocks<float>, quantize_blocks<Fp16>, quantize_blocks<Bf16>},
     quantize_stats,
     {dequantize_blocks<float>, dequantize_blocks<Fp16>, dequantize_blocks<Bf16>},
     {dropout<float>, dropout<Fp16>, dropout<Bf16>},
-    {pack_left<float>, pack_left<Fp16>, pack_left<Bf16>},
-    {multiply_block<float>, multiply_block<Fp16>, multiply_block<Bf16>},
+    {pack_left<float, Fp32Format>, pack_left<Fp16, Fp32Format>, pack_left<Bf16, Fp32Format>},
+    {multiply_block<float, Fp32Format>, multiply_block<Fp16, Fp32Format>,
+     multiply_block<Bf16, Fp32Format>},
     {pass_tokens<float>, pass_tokens<Fp16>, pass_tokens<Bf16>},
     {pack_adapter<float>, pack_adapter<Fp16>, pack_adapter<Bf16>},
 };

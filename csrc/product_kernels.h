@@ -6,7 +6,7 @@
 
 // Adds a term to the sums; calls start(row, rows) and finish(row, rows) around the last tile of
 // rows.
-template <class T, class Start, class Finish>
+template <class T, class Format, class Start, class Finish>
 void add_term(const Term& term,
               const Block& block,
               float* sums,
@@ -16,13 +16,15 @@ void add_term(const Term& term,
   for (int64_t k = 0; k < term.depth; k += term.step) {
     const bool last = term.depth - k <= term.step;
     const int64_t depth = last ? term.depth - k : term.step;
-    const Panel right = pack_right<T>(term.right, k, depth, block.column, block.columns, panel);
+    const int64_t slots = (depth + Format::kPerSlot - 1) / Format::kPerSlot;
+    const Panel right =
+        pack_right<T, Format>(term.right, k, depth, block.column, block.columns, panel);
     const float* left =
         term.packed + (k / term.step * term.packed_rows + block.packed_row) * kLeftStride;
     for_tiles(block.rows, [&](int64_t row, int64_t rows) {
       if (last) start(row, rows);
-      multiply_tiles(rows, block.columns, depth, left + row * kLeftStride, right,
-                     sums + row * kBlockColumns, kBlockColumns);
+      multiply_tiles<Format>(rows, block.columns, slots, left + row * kLeftStride, right,
+                             sums + row * kBlockColumns, kBlockColumns);
       if (last) finish(row, rows);
     });
   }
@@ -65,7 +67,7 @@ void start_sums(const T* bias, int64_t rows, int64_t columns, float* sums) {
   for (int64_t i = 0; i < rows; ++i) memcpy(sums + i * kBlockColumns, row, sizeof(row));
 }
 
-template <class T>
+template <class T, class Format>
 void multiply_block(const Product& p, const Block& block, float* scratch) {
   float* sums = scratch;
   float* panel = sums + kBlockRows * kBlockColumns;
@@ -84,16 +86,16 @@ void multiply_block(const Product& p, const Block& block, float* scratch) {
                out + row * p.out_stride, p.out_stride);
   };
   if (p.lora.depth > 0) {
-    add_term<T>(p.lora, block, sums, panel, nothing, [&](int64_t row, int64_t rows) {
+    add_term<T, Format>(p.lora, block, sums, panel, nothing, [&](int64_t row, int64_t rows) {
       if (p.mask != nullptr) mask_rows(*p.mask, block, row, rows, sums);
       if (p.count == 0) write(row, rows);
     });
   }
   for (int64_t i = 0; i < p.count; ++i) {
     if (i + 1 < p.count) {
-      add_term<T>(p.terms[i], block, sums, panel, nothing, nothing);
+      add_term<T, Format>(p.terms[i], block, sums, panel, nothing, nothing);
     } else {
-      add_term<T>(p.terms[i], block, sums, panel, fetch, write);
+      add_term<T, Format>(p.terms[i], block, sums, panel, fetch, write);
     }
   }
 }

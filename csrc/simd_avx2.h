@@ -168,7 +168,7 @@ template <class T>
 struct Decoder {
   __m256i lower, upper;
 
-  Decoder(const float* code, float a) {
+  Decoder(const float* code, float a, const T* = nullptr) {
     const __m256 scale = _mm256_set1_ps(a);
     const T* tag = nullptr;
     const __m128i x = narrow(_mm256_mul_ps(_mm256_loadu_ps(code), scale), tag);

@@ -182,7 +182,7 @@ template <class T>
 struct Decoder {
   __m512i even, odd;  // the table for the lower and for the upper half of a lane
 
-  Decoder(const float* code, float a) {
+  Decoder(const float* code, float a, const T* = nullptr) {
     even = narrow(scaled(code, a), static_cast<const T*>(nullptr));
     odd = _mm512_slli_epi32(even, 16);
   }

@@ -5,10 +5,17 @@
 //   kTileRows               rows of the largest tile, of two registers each
 //   load, store, splat, fma
 //
-// The left operand lies in rows kLeftStride apart. The right one is cut into slivers of kSliver
-// columns, the width of a tile.
+// Operands are packed in slots of 32 bits, along the depth: one fp32 number, or what another Format
+// says. The left operand lies in rows kLeftStride slots apart. The right one is cut into slivers of
+// kSliver columns, the width of a tile.
 
 constexpr int64_t kSliver = 2 * kWidth;
+
+struct Fp32Format {
+  static constexpr int64_t kPerSlot = 1;
+
+  static Vec accumulate(Vec x, Vec w, Vec sums) { return fma(x, w, sums); }
+};
 
 struct Panel {
   const float* data;
@@ -16,7 +23,7 @@ struct Panel {
   int64_t sliver;  // from a sliver to the next
 };
 
-template <int kRows, int kVecs>
+template <class Format, int kRows, int kVecs>
 [[gnu::noinline]] void tile(
     const float* left, const float* right, int64_t row, int64_t depth, float* c, int64_t stride) {
   Vec sums[kRows][kVecs];
@@ -34,7 +41,7 @@ template <int kRows, int kVecs>
     for (int i = 0; i < kRows; ++i) {
       const Vec x = splat(left[i * kLeftStride + k]);
 #pragma GCC unroll 2
-      for (int j = 0; j < kVecs; ++j) sums[i][j] = fma(x, w[j], sums[i][j]);
+      for (int j = 0; j < kVecs; ++j) sums[i][j] = Format::accumulate(x, w[j], sums[i][j]);
     }
   }
 #pragma GCC unroll 16
@@ -44,7 +51,7 @@ template <int kRows, int kVecs>
   }
 }
 
-template <int kVecs, int kRows = kTileRows>
+template <class Format, int kVecs, int kRows = kTileRows>
 void tile_of(int64_t rows,
              const float* left,
              const float* right,
@@ -53,26 +60,29 @@ void tile_of(int64_t rows,
              float* c,
              int64_t stride) {
   if constexpr (kRows > 1) {
-    if (rows < kRows) return tile_of<kVecs, kRows - 1>(rows, left, right, row, depth, c, stride);
+    if (rows < kRows) {
+      return tile_of<Format, kVecs, kRows - 1>(rows, left, right, row, depth, c, stride);
+    }
   }
-  tile<kRows, kVecs>(left, right, row, depth, c, stride);
+  tile<Format, kRows, kVecs>(left, right, row, depth, c, stride);
 }
 
-// c [rows, columns] += left [rows, depth] right [depth, columns]; rows at most kTileRows, c holds
-// whole registers
-inline void multiply_tiles(int64_t rows,
-                           int64_t columns,
-                           int64_t depth,
-                           const float* left,
-                           const Panel& right,
-                           float* c,
-                           int64_t stride) {
+// c [rows, columns] += left [rows, depth] right [depth, columns]; rows at most kTileRows, depth in
+// slots, c holds whole registers
+template <class Format>
+void multiply_tiles(int64_t rows,
+                    int64_t columns,
+                    int64_t depth,
+                    const float* left,
+                    const Panel& right,
+                    float* c,
+                    int64_t stride) {
   const float* sliver = right.data;
   for (int64_t j = 0; j < columns; j += kSliver, sliver += right.sliver) {
     if (columns - j > kWidth) {
-      tile_of<2>(rows, left, sliver, right.row, depth, c + j, stride);
+      tile_of<Format, 2>(rows, left, sliver, right.row, depth, c + j, stride);
     } else {
-      tile_of<1>(rows, left, sliver, right.row, depth, c + j, stride);
+      tile_of<Format, 1>(rows, left, sliver, right.row, depth, c + j, stride);
     }
   }
 }

@@ -2,19 +2,38 @@
 //
 // Included inside the namespace of one instruction set, after product_kernels.h. Bound by reading
 // the tokens: rows are read from end to end, once, and packed rows serve both products: they are
-// the left operand of one and the right operand of the other.
+// the left operand of one and the right operand of the other, which is why slots are fp32 for every
+// dtype.
+
+// `ranks` factors of rows [row, row + rows), the transposed columns from r on.
+template <class T>
+void pack_factors(
+    const Left& factors, int64_t r, int64_t ranks, int64_t row, int64_t rows, float* out) {
+  for (int64_t p = 0; p < rows; ++p) {
+    const T* factor = static_cast<const T*>(factors.data) + (row + p) * factors.stride + r;
+    for (int64_t i = 0; i < ranks; ++i) out[i * kLeftStride + p] = to_float(factor[i]);
+  }
+}
+
+// All columns of an adapter, rows r rounded up to kUnit apart.
+template <class T>
+void pack_adapter(const Right& right, Range depth, int64_t r, float* out) {
+  const int64_t row = (r + kUnit - 1) / kUnit * kUnit;
+  pack_dense<T, Fp32Format>(right, depth.first, depth.last - depth.first, 0, r,
+                            out + depth.first * row, row, kSliver);
+}
 
 // reduced [r, columns] += factors^T tokens, for packed rows of tokens
 template <class T>
 void reduce_tokens(const Tokens& t, Range rows, Range columns, const float* packed, float* left) {
   const int64_t count = rows.last - rows.first;
   for_tiles(t.r, [&](int64_t r, int64_t ranks) {
-    pack_left<T>(*t.factors, r, ranks, rows.first, count, left);
+    pack_factors<T>(*t.factors, r, ranks, rows.first, count, left);
     for (int64_t k = columns.first; k < columns.last; k += kDepth) {
       const int64_t width = columns.last - k < kDepth ? columns.last - k : kDepth;
       const float* block = packed + (k - columns.first) / kDepth * kTokenRows * kLeftStride;
-      multiply_tiles(ranks, width, count, left, {block, kLeftStride, kSliver},
-                     t.reduced + r * t.reduced_stride + k, t.reduced_stride);
+      multiply_tiles<Fp32Format>(ranks, width, count, left, {block, kLeftStride, kSliver},
+                                 t.reduced + r * t.reduced_stride + k, t.reduced_stride);
     }
   });
 }
@@ -28,8 +47,8 @@ inline void project_tokens(
     const float* block = packed + (k - columns.first) / kDepth * kTokenRows * kLeftStride;
     const Panel right{t.adapter + k * row + ranks.first, row, kSliver};
     for_tiles(rows, [&](int64_t i, int64_t height) {
-      multiply_tiles(height, ranks.last - ranks.first, depth, block + i * kLeftStride, right,
-                     sums + i * kBlockColumns, kBlockColumns);
+      multiply_tiles<Fp32Format>(height, ranks.last - ranks.first, depth, block + i * kLeftStride,
+                                 right, sums + i * kBlockColumns, kBlockColumns);
     });
   }
 }
@@ -40,7 +59,7 @@ void pack_tokens(const Tokens& t, Range rows, Range columns, float* out) {
     float* to = out;
     for (int64_t k = columns.first; k < columns.last; k += kDepth, to += kTokenRows * kLeftStride) {
       const int64_t width = columns.last - k < kDepth ? columns.last - k : kDepth;
-      pack_left<T>(t.tokens, row, 1, k, width, to);
+      pack_left<T, Fp32Format>(t.tokens, row, 1, k, width, to);
     }
   }
 }
