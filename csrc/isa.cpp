@@ -9,6 +9,10 @@
 #if FASTLORA_X86
 #include <cpuid.h>
 #endif
+#if FASTLORA_X86_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace fastlora {
 namespace {
@@ -42,14 +46,44 @@ bool has_avx512bf16() {
 }
 #endif
 
+#if FASTLORA_X86_AMX
+// The processor has it, and the system keeps its registers for this process from now on.
+bool has_amx() {
+#if defined(FASTLORA_EMULATE)
+  return has_avx512bf16();
+#else
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return has_avx512bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kAmxBf16) &&
+         (d & kAmxTile) && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#endif
+}
+
+Kernels with_amx() {
+  Kernels kernels = kAvx512Bf16;
+  kernels.name = "amx";
+  kernels.multiply[FASTLORA_BF16] = multiply_amx;
+  return kernels;
+}
+
+const Kernels kAmx = with_amx();
+#endif
+
 // best first, the last one always runs
 const Isa kIsas[] = {
+#if FASTLORA_X86_AMX
+    {&kAmx, has_amx()},
+#endif
 #if FASTLORA_X86_BF16
     {&kAvx512Bf16, has_avx512bf16()},
 #endif
 #if FASTLORA_X86
     {&kAvx512, has_avx512()},
     {&kAvx2, has_avx2()},
+#endif
+#if FASTLORA_NEON
+    {&kNeon, true},
 #endif
     {&kPortable, true},
 };

@@ -189,6 +189,19 @@ extern const Kernels kAvx512Bf16;
 #else
 #define FASTLORA_X86_BF16 0
 #endif
+#if FASTLORA_X86_BF16 && defined(__x86_64__) && defined(__linux__) && \
+    (__GNUC__ >= 11 || __clang_major__ >= 12)
+#define FASTLORA_X86_AMX 1
+void multiply_amx(const Product&, const Block&, float* scratch);  // bf16; else kAvx512Bf16
+#else
+#define FASTLORA_X86_AMX 0
+#endif
+#if defined(__aarch64__) && !defined(__AARCH64EB__) && defined(__GNUC__)
+#define FASTLORA_NEON 1
+extern const Kernels kNeon;
+#else
+#define FASTLORA_NEON 0
+#endif
 extern const Kernels kPortable;
 
 }  // namespace fastlora

@@ -105,7 +105,7 @@ void dequantize_blocks(const DequantizeBlocks& args, int64_t first, int64_t last
 
 // The arithmetic of bitsandbytes' CPU kernel, rounding by rounding: d = absmax - offset, times
 // 1/max|d|, to the nearest of 65536 grid points, whose code is in the table.
-void quantize_stats(const QuantizeStats& q, int64_t first, int64_t last) {
+inline void quantize_stats(const QuantizeStats& q, int64_t first, int64_t last) {
   for (int64_t group = first; group < last; ++group) {
     const int64_t start = group * kStatsGroup;
     const int64_t left = q.blocks - start;

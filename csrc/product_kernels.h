@@ -21,7 +21,7 @@ void add_term(const Term& term,
         pack_right<T, Format>(term.right, k, depth, block.column, block.columns, panel);
     const float* left =
         term.packed + (k / term.step * term.packed_rows + block.packed_row) * kLeftStride;
-    for_tiles(block.rows, [&](int64_t row, int64_t rows) {
+    for_tiles<Format>(block.rows, [&](int64_t row, int64_t rows) {
       if (last) start(row, rows);
       multiply_tiles<Format>(rows, block.columns, slots, left + row * kLeftStride, right,
                              sums + row * kBlockColumns, kBlockColumns);

@@ -21,6 +21,7 @@ inline Words narrowed(Vec x) {
 // Two bf16 numbers in a slot: twice the products of an instruction, and half the bytes.
 struct PairFormat {
   static constexpr int64_t kPerSlot = 2;
+  static constexpr int kRows = kTileRows;
 
   static Vec accumulate(Vec x, Vec w, Vec sums) { return dot_pairs(sums, x, w); }
 

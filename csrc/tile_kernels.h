@@ -13,6 +13,7 @@ constexpr int64_t kSliver = 2 * kWidth;
 
 struct Fp32Format {
   static constexpr int64_t kPerSlot = 1;
+  static constexpr int kRows = kTileRows;
 
   static Vec accumulate(Vec x, Vec w, Vec sums) { return fma(x, w, sums); }
 };
@@ -67,8 +68,8 @@ void tile_of(int64_t rows,
   tile<Format, kRows, kVecs>(left, right, row, depth, c, stride);
 }
 
-// c [rows, columns] += left [rows, depth] right [depth, columns]; rows at most kTileRows, depth in
-// slots, c holds whole registers
+// c [rows, columns] += left [rows, depth] right [depth, columns]; rows at most Format::kRows,
+// depth in slots, c holds whole registers
 template <class Format>
 void multiply_tiles(int64_t rows,
                     int64_t columns,
@@ -88,9 +89,9 @@ void multiply_tiles(int64_t rows,
 }
 
 // Calls body(first, rows) for tiles of nearly equal height.
-template <class Body>
+template <class Format, class Body>
 void for_tiles(int64_t rows, const Body& body) {
-  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  const int64_t tiles = (rows + Format::kRows - 1) / Format::kRows;
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t first = rows * tile / tiles;
     body(first, rows * (tile + 1) / tiles - first);

@@ -27,7 +27,7 @@ void pack_adapter(const Right& right, Range depth, int64_t r, float* out) {
 template <class T>
 void reduce_tokens(const Tokens& t, Range rows, Range columns, const float* packed, float* left) {
   const int64_t count = rows.last - rows.first;
-  for_tiles(t.r, [&](int64_t r, int64_t ranks) {
+  for_tiles<Fp32Format>(t.r, [&](int64_t r, int64_t ranks) {
     pack_factors<T>(*t.factors, r, ranks, rows.first, count, left);
     for (int64_t k = columns.first; k < columns.last; k += kDepth) {
       const int64_t width = columns.last - k < kDepth ? columns.last - k : kDepth;
@@ -46,7 +46,7 @@ inline void project_tokens(
     const int64_t depth = columns.last - k < kDepth ? columns.last - k : kDepth;
     const float* block = packed + (k - columns.first) / kDepth * kTokenRows * kLeftStride;
     const Panel right{t.adapter + k * row + ranks.first, row, kSliver};
-    for_tiles(rows, [&](int64_t i, int64_t height) {
+    for_tiles<Fp32Format>(rows, [&](int64_t i, int64_t height) {
       multiply_tiles<Fp32Format>(height, ranks.last - ranks.first, depth, block + i * kLeftStride,
                                  right, sums + i * kBlockColumns, kBlockColumns);
     });

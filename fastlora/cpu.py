@@ -8,6 +8,7 @@ CPU and were checked by the public functions.
 import ctypes
 from collections.abc import Iterator, Sequence
 from ctypes import c_int64, c_void_p
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -78,7 +79,7 @@ def linear_packed(
     scale: float,
 ) -> Tensor:
     """y [M, N] = x w^T + bias + scale * s b^T, without s and b the base layer alone."""
-    y = torch.empty(len(x), q.shape[0], dtype=x.dtype, device="cpu")
+    y = torch.empty(x.shape[0], q.shape[0], dtype=x.dtype, device="cpu")
     return _linear(x, q, bias, s, b, scale, y)
 
 
@@ -95,20 +96,21 @@ def linear_dx_packed(
     dys = [_rows(dy) for dy in dys]
     accumulate = dx is not None
     if dx is None:
-        dx = torch.empty(len(dys[0]), weights[0].shape[1], dtype=dys[0].dtype, device="cpu")
+        M, K = dys[0].shape[0], weights[0].shape[1]
+        dx = torch.empty(M, K, dtype=dys[0].dtype, device="cpu")
     ds, a = (None, None) if a is None else (_rows(ds), _rows(a))
     packed = [_Packed(q) for q in weights]
     count = len(packed)
     library().fastlora_linear_dx(
-        (c_void_p * count)(*(dy.data_ptr() for dy in dys)),
-        (c_int64 * count)(*(dy.stride(0) for dy in dys)),
-        (_Nf4 * count)(*(p.struct for p in packed)),
+        _array(c_void_p, count)(*(dy.data_ptr() for dy in dys)),
+        _array(c_int64, count)(*(dy.stride(0) for dy in dys)),
+        _array(_Nf4, count)(*(p.struct for p in packed)),
         count,
         DTYPES[dx.dtype],
         *dx.shape,
         *_matrix(ds),
         *_matrix(a),
-        0 if a is None else len(a),
+        0 if a is None else a.shape[0],
         *dropout_arguments(state, p),
         accumulate,
         dx.data_ptr(),
@@ -144,13 +146,14 @@ class _Packed:
 def lora_down(x: Tensor, a: Tensor, state: Tensor | None, p: float) -> Tensor:
     """s [M, R] = drop(x) a^T."""
     x, a = _rows(x), _rows(a)
-    s = torch.empty(len(x), len(a), dtype=x.dtype, device="cpu")
+    R = a.shape[0]
+    s = torch.empty(x.shape[0], R, dtype=x.dtype, device="cpu")
     library().fastlora_lora_down(
         *_matrix(x),
         DTYPES[x.dtype],
         *x.shape,
         *_matrix(a),
-        len(a),
+        R,
         *dropout_arguments(state, p),
         s.data_ptr(),
         threads(),
@@ -238,6 +241,12 @@ def _linear(
         threads(),
     )
     return y
+
+
+@cache
+def _array(kind: type, count: int) -> type:
+    """The type of a C array, which takes longer to make than the array."""
+    return kind * count
 
 
 def _rows(t: Tensor) -> Tensor:

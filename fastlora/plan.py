@@ -109,6 +109,7 @@ _OTHER = DEVICES["A100"]
 
 PLAIN = Path("addmm", "tail", "the one path of this backend")
 PACKED = Path("packed", "packed", "the one path of this backend")
+ONLY = {"cpu": PACKED, "reference": PLAIN}  # backends with one path, whatever the problem
 
 
 def choose(backend: str, device: torch.device, problem: Problem) -> Path:
@@ -122,8 +123,8 @@ def choose(backend: str, device: torch.device, problem: Problem) -> Path:
     Returns:
         The path; always the same for the same arguments, unless inside `forced`.
     """
-    if backend != "triton":
-        return PACKED if backend == "cpu" else PLAIN
+    if backend in ONLY:
+        return ONLY[backend]
     return _forced.get(problem) or _choose(device_kind(device), problem)
 
 

@@ -75,7 +75,8 @@ class GroupedLinear(nn.Linear):
 
     def alone(self, x: Tensor) -> Tensor:
         """y [..., N] for x [..., K], without a group."""
-        p = self.lora.dropout if self.lora else 0.0
+        settings = self.lora
+        p = settings.dropout if settings else 0.0
         return ops.linear_group(x, [self.member()], p)[0]
 
     def forward(self, x: Tensor) -> Tensor:

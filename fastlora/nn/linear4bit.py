@@ -143,11 +143,13 @@ class Linear4bit(GroupedLinear):
     @property
     def nf4(self) -> NF4Weight:
         """The weight as `NF4Weight`, a view of the parameters."""
-        if self.absmax2 is None:
-            tensors = self.qweight, _as_fp32(self.absmax), None, None, None
+        # at each call, and a module's attributes are slow to find
+        qweight, absmax, absmax2, code2, offset = map(self._parameters.get, _BYTES)
+        if absmax2 is None:
+            tensors = qweight, _as_fp32(absmax), None, None, None
         else:
-            stats = _as_fp32(self.absmax2), _as_fp32(self.code2), _as_fp32(self.offset).view(())
-            tensors = self.qweight, self.absmax, *stats
+            stats = _as_fp32(absmax2), _as_fp32(code2), _as_fp32(offset).view(())
+            tensors = qweight, absmax, *stats
         facts = (self.out_features, self.in_features), self.blocksize, self.compute_dtype
         return NF4Weight.unchecked(facts, tensors)
 

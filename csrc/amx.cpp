@@ -1,0 +1,54 @@
+// Products of bf16 numbers for x86 processors with AMX; all else is as with AVX-512 BF16.
+//
+// Only this file is compiled for them, and it runs only after fastlora.cpp has asked the CPU. No
+// library code with inline functions is included: see kernels.h.
+#include "kernels.h"
+
+#if FASTLORA_X86_AMX
+
+#include <immintrin.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "fastlora.h"
+
+#if defined(FASTLORA_EMULATE)
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
+#elif defined(__clang__)
+#pragma clang attribute push(                                                     \
+    __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq," \
+                          "avx512bf16,avx2,fma,f16c"))),                          \
+    apply_to = function)
+#else
+#pragma GCC target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")
+#endif
+
+namespace fastlora {
+namespace {
+
+#include "scalar.h"
+#include "simd_avx512.h"
+#include "simd_avx512bf16.h"
+// the kernels need what the two above define
+#include "dropout_kernels.h"
+#include "nf4_kernels.h"
+#include "tile_kernels.h"
+// tiles of another kind, where there are enough rows
+#include "simd_amx.h"
+// and these what the kernels define
+#include "panel_kernels.h"
+#include "product_kernels.h"
+
+}  // namespace
+
+void multiply_amx(const Product& product, const Block& block, float* scratch) {
+  multiply_block<Bf16, MatrixFormat>(product, block, scratch);
+}
+
+}  // namespace fastlora
+
+#if defined(__clang__) && !defined(FASTLORA_EMULATE)
+#pragma clang attribute pop
+#endif
+
+#endif  // FASTLORA_X86_AMX
