@@ -1,6 +1,7 @@
 # Needs Python >= 3.10, make and a C++ compiler; everything else goes into $(VENV).
 PYTHON ?= python3
 VENV ?= .venv
+CPP := $(wildcard csrc/*.cpp csrc/*.h tests/cpp/*.cpp tests/cpp/*.h)
 GPU := $(shell command -v nvidia-smi || command -v rocm-smi)
 # without a GPU a fixed version, so that no newer one pulls gigabytes of CUDA in
 TORCH ?= $(if $(GPU),torch,torch==2.13.0)
@@ -77,12 +78,12 @@ lint: $(STAMP)-all
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(VENV)/bin/pydoclint fastlora kernels benchmarks
-	$(VENV)/bin/clang-format --dry-run -Werror $(wildcard csrc/*.cpp csrc/*.h)
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
 
 format: $(STAMP)-all
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(VENV)/bin/clang-format -i $(wildcard csrc/*.cpp csrc/*.h)
+	$(VENV)/bin/clang-format -i $(CPP)
 
 bench: $(STAMP)-all
 	$(VENV)/bin/fastlora bench all --device $(if $(GPU),cuda,cpu)

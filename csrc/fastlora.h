@@ -1,7 +1,7 @@
 // The C ABI of the CPU kernels, called by fastlora/native.py through ctypes.
 //
-// Nothing here checks its arguments: the public Python functions did. Every pointer may be
-// unaligned unless its line says otherwise; `threads` is an upper bound, small work uses fewer.
+// Nothing here checks its arguments: the public Python functions did. Every pointer is aligned to
+// its elements and need not be aligned to more; `threads` is an upper bound, small work uses fewer.
 #ifndef FASTLORA_H_
 #define FASTLORA_H_
 
@@ -43,33 +43,32 @@ fastlora_quantize_blocks(const void* w,            // [numel], dtype
                          int64_t blocksize,        // a multiple of 32
                          const float* thresholds,  // [15], ascending
                          uint8_t* packed,          // [ceil(numel / 2)], out; high nibble first
-                         float* absmax,            // [ceil(numel / blocksize)], out, aligned
+                         float* absmax,            // [ceil(numel / blocksize)], out
                          int threads);
 
 // 8-bit codes of block scales, groups of 256 with one scale each.
 FASTLORA_API void fastlora_quantize_stats(
-    const float* absmax,  // [blocks], aligned
+    const float* absmax,  // [blocks]
     int64_t blocks,
-    const float* offset,  // [1], aligned: subtracted first
+    const float* offset,  // [1]: subtracted first
     const uint8_t* lut,   // [65536]: code nearest to i / 32767.5 - 1
     uint8_t* codes,       // [blocks], out
-    float* absmax2,       // [ceil(blocks / 256)], out, aligned
+    float* absmax2,       // [ceil(blocks / 256)], out
     int threads);
 
 // Weights of packed codes. Nested scales when `absmax_codes` is not null, else `absmax` is read.
-FASTLORA_API void fastlora_dequantize_blocks(
-    const uint8_t* packed,        // [ceil(numel / 2)]
-    const float* absmax,          // [blocks], aligned, or null
-    const uint8_t* absmax_codes,  // [blocks], or null
-    const float* absmax2,         // [ceil(blocks / 256)], aligned, or null
-    const float* code2,           // [256], aligned, or null
-    const float* offset,          // [1], aligned, or null
-    const float* code,            // [16], the values of the codes
-    int64_t numel,
-    int64_t blocksize,  // a multiple of 32
-    int dtype,
-    void* out,  // [numel], dtype
-    int threads);
+FASTLORA_API void fastlora_dequantize_blocks(const uint8_t* packed,        // [ceil(numel / 2)]
+                                             const float* absmax,          // [blocks], or null
+                                             const uint8_t* absmax_codes,  // [blocks], or null
+                                             const float* absmax2,  // [ceil(blocks / 256)], or null
+                                             const float* code2,    // [256], or null
+                                             const float* offset,   // [1], or null
+                                             const float* code,     // [16], the values of the codes
+                                             int64_t numel,
+                                             int64_t blocksize,  // a multiple of 32
+                                             int dtype,
+                                             void* out,  // [numel], dtype
+                                             int threads);
 
 // x with elements dropped, the others multiplied by `scale`; the mask is a function of state, m, k.
 FASTLORA_API void fastlora_dropout(
@@ -78,7 +77,7 @@ FASTLORA_API void fastlora_dropout(
     int64_t row_stride,  // of x, in elements
     int64_t m,
     int64_t k,
-    const int64_t* state,  // [2], aligned: seed, offset
+    const int64_t* state,  // [2]: seed, offset
     uint32_t threshold,    // an element is dropped iff its 16-bit number is below, at most 65535
     float scale,
     void* out,  // [m, k], dtype, contiguous
@@ -112,7 +111,7 @@ FASTLORA_API void fastlora_lora_down(
     const void* a,  // [r, k], dtype
     int64_t a_stride,
     int64_t r,
-    const int64_t* state,  // [2], aligned: seed, offset; null without dropout
+    const int64_t* state,  // [2]: seed, offset; null without dropout
     uint32_t threshold,
     float keep_scale,  // of elements that are kept
     void* s,           // [m, r], dtype, out, contiguous
@@ -149,7 +148,7 @@ FASTLORA_API void fastlora_lora_bwd_ds_db(const void* dy,  // [m, n], dtype
                                           float scale,
                                           void* ds,  // [m, r], dtype, out
                                           int64_t ds_stride,
-                                          float* db,  // [n, r], out, aligned, contiguous
+                                          float* db,  // [n, r], out, contiguous
                                           int threads);
 
 // da [r, k] = ds^T drop(x)
@@ -161,10 +160,10 @@ FASTLORA_API void fastlora_lora_bwd_da(const void* x,  // [m, k], dtype
                                        const void* ds,  // [m, r], dtype
                                        int64_t ds_stride,
                                        int64_t r,
-                                       const int64_t* state,  // [2], aligned; null without dropout
+                                       const int64_t* state,  // [2]; null without dropout
                                        uint32_t threshold,
                                        float keep_scale,
-                                       float* da,  // [r, k], out, aligned, contiguous
+                                       float* da,  // [r, k], out, contiguous
                                        int threads);
 
 // dx [m, k] = sum of dy w over `count` layers + mask * (ds a)
@@ -180,7 +179,7 @@ FASTLORA_API void fastlora_linear_dx(const void* const* dys,       // [m, n] eac
                                      const void* a,  // [r, k], dtype
                                      int64_t a_stride,
                                      int64_t r,             // 0 without LoRA
-                                     const int64_t* state,  // [2], aligned; null without dropout
+                                     const int64_t* state,  // [2]; null without dropout
                                      uint32_t threshold,
                                      float keep_scale,
                                      int accumulate,  // whether dx is added to

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastlora.codebooks import STATS_GROUP, dynamic_lut, nf4_code, nf4_thresholds
 from fastlora.reference import dropout_threshold
 
-ISAS = ("amx", "avx512bf16", "avx512", "avx2", "portable")  # best first
+ISAS = ("amx", "avx512bf16", "avx512", "avx2", "neon", "portable")  # best first
 _ABI = 2  # FASTLORA_ABI of csrc/fastlora.h
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _I, _L, _U, _F, _P = c_int, c_int64, c_uint32, c_float, c_void_p
