@@ -177,7 +177,8 @@ struct Decoder {
     const uint8x16_t codes[2] = {vzip1q_u8(high, low), vzip2q_u8(high, low)};
     uint8_t* bytes = reinterpret_cast<uint8_t*>(out);
     for (int i = 0; i < 2; ++i) {
-      vst2q_u8(bytes + 32 * i, {{vqtbl1q_u8(lower, codes[i]), vqtbl1q_u8(upper, codes[i])}});
+      const uint8x16x2_t y = {{vqtbl1q_u8(lower, codes[i]), vqtbl1q_u8(upper, codes[i])}};
+      vst2q_u8(bytes + 32 * i, y);
     }
   }
 };
