@@ -1,6 +1,7 @@
 """Linear ops of the CPU backend against fp64, in every instruction set that runs here."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -235,6 +236,18 @@ def test_threads_change_nothing_but_db(isa, shape, dtype, threads):
         assert set(same(got, expected)) >= expected.keys() - {"db"}, n
         assert torch.equal(again["db"], got["db"]), n
         check(got["db"], lambda dy, s: SCALE * (dy.T @ s), t["dy"], t["s"])
+
+
+def test_callers_on_several_python_threads(isa, threads):
+    threads(2)
+    layers = []
+    for shape in ((200, 320, 160, 16), (70, 577, 301, 33)):
+        layers.append((layer(*shape, torch.bfloat16), weight(shape[2], shape[1], 64, True)))
+    expected = [every_op(*arguments) for arguments in layers]
+    with ThreadPoolExecutor(2) as pool:
+        calls = [pool.submit(every_op, *layers[i % 2]) for i in range(10)]
+        for i, call in enumerate(calls):
+            assert same(call.result(), expected[i % 2]) == [*expected[0]]
 
 
 @each_dtype

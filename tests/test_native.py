@@ -240,39 +240,51 @@ def test_threads_change_nothing(isa, dtype, threads):
 def test_one_openmp_runtime():
     code = """
 import os, re, torch
-from fastlora import native
-torch.set_num_threads(3)
+from fastlora import cpu, native
 tasks = lambda: len(os.listdir("/proc/self/task"))
-counts, w = [tasks()], torch.empty(1 << 20)
-native.quantize_blocks(w, 64)
-counts.append(tasks())
+torch.set_num_threads(1)
+w, x, a = torch.ones(1 << 20), torch.ones(2048, 512), torch.ones(64, 512)
+counts = [tasks()]
+for n in (1, 2, 4):
+    torch.set_num_threads(n)
+    native.quantize_blocks(w, 64)
+    counts.append(tasks())
+    cpu.lora_down(x, a, None, 0)
+    cpu.lora_up(x, x[:, :64], x[:512, :64], 1.0)
+    counts.append(tasks())
 w.fill_(1)
 counts.append(tasks())
 runtimes = re.findall(r"/\\S*/lib(?:gomp|omp|iomp)\\S*", open("/proc/self/maps").read())
-print(native.threads(), *(n - counts[0] for n in counts), len(set(runtimes)))
+print(native.threads(), *(n - counts[0] for n in counts[1:]), len(set(runtimes)))
 """
     done = run_python(code)
-    # ours starts two threads beside its own, PyTorch's next operation reuses them
-    assert done.stdout.split() == ["3", "0", "2", "2", "1"], done.stderr
+    # ours start what is missing beside the calling thread, PyTorch's next operation reuses them
+    assert done.stdout.split() == ["4", "0", "0", "1", "1", "3", "3", "3", "1"], done.stderr
 
 
 @needs_kernels
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_forked_child_does_not_wait_for_threads():
+    # bytes, because comparing tensors in the child would enter PyTorch's own parallel regions
     code = """
-import os, torch
-from fastlora import native
+import os, torch, fastlora
+from fastlora import cpu, native
 torch.set_num_threads(2)
-w = torch.randn(1 << 20)
-packed = native.quantize_blocks(w, 64)[0]
+w, x = torch.randn(512, 1024), torch.randn(512, 1024)
+q = fastlora.quantize_nf4(w)
+def results():
+    y = cpu.linear_packed(x, q, None, None, None, 1.0)
+    packed = native.quantize_blocks(w, 64)[0]
+    return [bytes(t.numpy()) for t in (packed, cpu.lora_down(x, w, None, 0), y)]
+before = results()
 child = os.fork()
 if child == 0:
-    same = native.threads() == 1 and bytes(native.quantize_blocks(w, 64)[0]) == bytes(packed)
-    os._exit(0 if same else 1)
-print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), native.threads())
+    os._exit(0 if native.threads() == 1 and results() == before else 1)
+status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+print(status, native.threads(), results() == before)
 """
     done = run_python(code)
-    assert done.stdout.split() == ["0", "2"], done.stderr
+    assert done.stdout.split() == ["0", "2", "True"], done.stderr
 
 
 # --- which library, which instruction set ----------------------------------------------------
