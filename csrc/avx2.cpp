@@ -29,6 +29,9 @@ namespace {
 #include "tile_kernels.h"
 // and these what the kernels define
 #include "panel_kernels.h"
+// and these what the panels define
+#include "few_kernels.h"
+// and these what all of them define
 #include "product_kernels.h"
 #include "token_kernels.h"
 

@@ -69,14 +69,13 @@ struct Cut {
 // their ratios matter.
 double cost(int64_t rows, int64_t units) { return rows * (units + 0.15) + 7.0 * units; }
 
-// The cut of at most kBlockRows rows whose slowest thread is done first; blocks of at most `widest`
-// units.
-Cut best_cut(int64_t rows, int64_t columns, int64_t widest, int threads) {
+// The cut of at most kBlockRows rows whose slowest thread is done first.
+Cut best_cut(int64_t rows, int64_t columns, int threads) {
   const int64_t units = ceil_div(columns, kUnit);
   Cut best{};
   double least = 0;
   for (int64_t row_blocks = 1; row_blocks <= std::min<int64_t>(rows, threads); ++row_blocks) {
-    for (int64_t width = std::min(units, widest); width > 0; --width) {
+    for (int64_t width = std::min(units, kBlockColumns / kUnit); width > 0; --width) {
       const Cut cut{row_blocks, ceil_div(units, width), width};
       const double time = ceil_div(cut.blocks(), threads) * cost(ceil_div(rows, row_blocks), width);
       if (best.units == 0 || time < least) {
@@ -93,23 +92,10 @@ constexpr double kCycles = 50000;
 
 int64_t panels(const Term& term) { return term.depth == 0 ? 0 : ceil_div(term.depth, term.step); }
 
-// So few rows take less time than decoding: a panel has to stay in the first cache, 16 KB. Rows of
-// codes are read from end to end where they can be, else by whole cache lines.
-constexpr int64_t kFewRows = 4;
-
-int64_t deepest(const Right& right, int64_t rows, int dtype) {
-  if (rows > kFewRows) return kDepth * kernels().per_slot[dtype];
-  return right.form == Right::kNf4Rows ? kUnit : 4 * kUnit;
-}
-
-int64_t widest(const Product& p, int64_t rows) {
-  const bool read_on = p.count > 0 && p.terms[0].right.form == Right::kNf4Columns;
-  return rows <= kFewRows && read_on ? 1 : kBlockColumns / kUnit;
-}
-
 // Panels of nearly equal depth, in whole chunks of codes.
-Term term_of(const Left& left, const Right& right, int64_t depth, int64_t rows, int dtype) {
-  const int64_t count = std::max<int64_t>(1, ceil_div(depth, deepest(right, rows, dtype)));
+Term term_of(const Left& left, const Right& right, int64_t depth, int dtype) {
+  const int64_t most = kDepth * kernels().per_slot[dtype];
+  const int64_t count = std::max<int64_t>(1, ceil_div(depth, most));
   return {left, right, depth, ceil_div(ceil_div(depth, count), kUnit) * kUnit, nullptr, 0};
 }
 
@@ -144,7 +130,7 @@ void run(const Product& product, int dtype, int64_t rows, int64_t columns, int t
     const int64_t first = rows * part / parts, count = rows * (part + 1) / parts - first;
     const double cycles = cost(count, ceil_div(columns, kUnit)) * kDepth * blocks;
     const int team = cycles < 2 * kCycles ? 1 : threads;
-    const Cut cut = best_cut(count, columns, widest(p, rows), team);
+    const Cut cut = best_cut(count, columns, team);
     float* out = shared(blocks * count * kLeftStride);
     const auto pack_next = [&](Term* term) {
       pack(term, dtype, first, count, out, team);
@@ -254,10 +240,10 @@ void fastlora_linear(const void* x,
                      int threads) {
   const Nf4 weight = w ? weight_of(*w) : Nf4{};
   const Left left{x, x_stride, nullptr};
-  const Term term = term_of(left, {Right::kNf4Columns, nullptr, 0, &weight, 1}, weight.k, m, dtype);
+  const Term term = term_of(left, {Right::kNf4Columns, nullptr, 0, &weight, 1}, weight.k, dtype);
   Product p{};
   p.lora =
-      term_of({s, s_stride, nullptr}, {Right::kColumns, b, b_stride, nullptr, scale}, r, m, dtype);
+      term_of({s, s_stride, nullptr}, {Right::kColumns, b, b_stride, nullptr, scale}, r, dtype);
   p.terms = &term;
   p.count = w ? 1 : 0;
   p.bias = bias;
@@ -379,10 +365,10 @@ void fastlora_linear_dx(const void* const* dys,
   for (int64_t i = 0; i < count; ++i) {
     packed[i] = weight_of(weights[i]);
     terms[i] = term_of({dys[i], dy_strides[i], nullptr},
-                       {Right::kNf4Rows, nullptr, 0, &packed[i], 1}, packed[i].n, m, dtype);
+                       {Right::kNf4Rows, nullptr, 0, &packed[i], 1}, packed[i].n, dtype);
   }
   Product p{};
-  p.lora = term_of({ds, ds_stride, nullptr}, {Right::kRows, a, a_stride, nullptr, 1}, r, m, dtype);
+  p.lora = term_of({ds, ds_stride, nullptr}, {Right::kRows, a, a_stride, nullptr, 1}, r, dtype);
   p.mask = state ? &mask : nullptr;
   p.terms = terms.data();
   p.count = count;

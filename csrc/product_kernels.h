@@ -1,6 +1,6 @@
 // Products of activations with packed weights and adapters: see Product in kernels.h.
 //
-// Included inside the namespace of one instruction set, after tile_kernels.h and panel_kernels.h.
+// Included inside the namespace of one instruction set, after panel_kernels.h and few_kernels.h.
 // A panel of the right operand is made once and stays in the second cache while tiles of the left
 // one pass through the first. Results do not depend on how the work was cut.
 
@@ -13,6 +13,12 @@ void add_term(const Term& term,
               float* panel,
               const Start& start,
               const Finish& finish) {
+  if (is_few(term)) {
+    start(0, block.rows);
+    add_few<T, Format>(term, block, sums);
+    finish(0, block.rows);
+    return;
+  }
   for (int64_t k = 0; k < term.depth; k += term.step) {
     const bool last = term.depth - k <= term.step;
     const int64_t depth = last ? term.depth - k : term.step;

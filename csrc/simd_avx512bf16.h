@@ -20,6 +20,7 @@ inline Words narrowed(Vec x) {
 
 // Two bf16 numbers in a slot: twice the products of an instruction, and half the bytes.
 struct PairFormat {
+  using Number = Bf16;
   static constexpr int64_t kPerSlot = 2;
   static constexpr int kRows = kTileRows;
 

@@ -12,6 +12,7 @@
 constexpr int64_t kSliver = 2 * kWidth;
 
 struct Fp32Format {
+  using Number = float;
   static constexpr int64_t kPerSlot = 1;
   static constexpr int kRows = kTileRows;
 
