@@ -16,6 +16,9 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [  # M, K, N, R, block size, nested scales
     (0, 64, 33, 4, 64, True),  # no tokens
     (1, 1, 1, 1, 32, False),
+    (1, 96, 301, 3, 64, True),  # one token, an odd number of chunks
+    (1, 1088, 65, 16, 32, True),  # an even one, of several scales
+    (2, 640, 97, 8, 128, False),  # two tokens
     (5, 31, 31, 3, 32, True),  # below every unit, K odd: codes one by one
     (16, 96, 300, 16, 64, True),  # blocks straddle rows
     (57, 300, 96, 33, 128, False),  # K no multiple of 32; one row, one rank above a unit
@@ -98,6 +101,18 @@ def test_linear_packed(isa, shape, dtype):
     check(y, lambda x, w, bias: x @ w.T + bias, x, w, bias)
     y = cpu.linear_packed(x, q, bias[0], s, b, SCALE)
     check(y, lambda x, w, bias, s, b: x @ w.T + bias + SCALE * (s @ b.T), x, w, bias, s, b)
+
+
+@each_dtype
+@pytest.mark.parametrize("shape", [s for s in SHAPES if max(s[1], s[2]) < 1000], ids=str)
+def test_products_with_an_identity_are_the_weight(isa, shape, dtype):
+    _, K, N, _, *form = shape
+    q = weight(N, K, *form)
+    w = dense(q, dtype)
+    y = cpu.linear_packed(torch.eye(K, dtype=dtype), q, None, None, None, SCALE)
+    assert torch.equal(y, w.T)
+    dx = cpu.linear_dx_packed([torch.eye(N, dtype=dtype)], [q], None, None, None, None, 0)
+    assert torch.equal(dx, w)
 
 
 @each_dtype

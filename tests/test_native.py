@@ -118,8 +118,9 @@ def test_quantize_stats(isa, blocks):
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
 def test_dequantize_blocks(isa, blocksize, nested, dtype):
     for n in COUNTS:
-        # scales from below the smallest to above the largest fp16: subnormals, ties, overflow
+        # scales from below the smallest to above the largest fp16; every third a tie of 16 bits
         absmax = torch.exp2(torch.empty(-(-n // blocksize)).uniform_(-30, 18))
+        absmax[::6], absmax[3::6] = 1 + 2**-8, 1 + 2**-11
         packed = torch.randint(0, 256, ((n + 1) // 2,), dtype=torch.uint8)
         stats = (absmax, None, None, None)
         if nested:

@@ -43,15 +43,16 @@ std::vector<float> thresholds() {
   return t;
 }
 
-// A random packed weight, its scales flat or nested.
+// A random packed weight, its scales flat or nested. Some flat ones lie between two numbers of 16
+// bits; wild ones take fp16 below its smallest and above its largest number.
 class Weight {
  public:
-  Weight(int64_t n, int64_t k, int64_t blocksize, bool nested, Random& random)
+  Weight(int64_t n, int64_t k, int64_t blocksize, bool nested, Random& random, bool wild = false)
       : k_(k),
         blocksize_(blocksize),
         nested_(nested),
         packed_(bytes(ceil_div(n * k, 2), random)),
-        absmax_(floats(ceil_div(n * k, blocksize), random)),
+        absmax_(scales(ceil_div(n * k, blocksize), random, wild)),
         codes_(bytes(ceil_div(n * k, blocksize), random)),
         absmax2_(floats(ceil_div(ceil_div(n * k, blocksize), 256), random)),
         code2_(floats(256, random)),
@@ -96,6 +97,15 @@ class Weight {
     return values;
   }
 
+  static std::vector<float> scales(int64_t count, Random& random, bool wild) {
+    constexpr float kTies[] = {1 + 0x1p-8f, 1 + 0x3p-8f, 1 + 0x1p-11f, 1 + 0x3p-11f};
+    constexpr float kWild[] = {1e-8f, 3e-6f, 65504.0f, 65530.0f, 1e9f};
+    std::vector<float> values = floats(count, random);
+    for (int64_t i = 0; i < count; i += 2) values[i] = kTies[random() % 4];
+    for (int64_t i = 1; wild && i < count; i += 2) values[i] = kWild[random() % 5];
+    return values;
+  }
+
   int64_t k_, blocksize_;
   bool nested_;
   Array<uint8_t> packed_;
@@ -107,7 +117,7 @@ class Weight {
 
 void test_dequantize(int64_t count, int64_t blocksize, bool nested, int dtype) {
   Random random;
-  const Weight weight(1, count, blocksize, nested, random);
+  const Weight weight(1, count, blocksize, nested, random, true);
   const fastlora_nf4& w = weight.abi();
   Values exact;
   for (int64_t i = 0; i < count; ++i) exact.push_back(weight.at(i, dtype));
@@ -116,6 +126,25 @@ void test_dequantize(int64_t count, int64_t blocksize, bool nested, int dtype) {
     fastlora_dequantize_blocks(w.packed, w.absmax, w.absmax_codes, w.absmax2, w.code2, w.offset,
                                w.code, count, blocksize, dtype, out.data(), threads);
     out.expect_bytes(encoded(exact, dtype));
+  });
+}
+
+void test_nan_scale(int dtype) {
+  const Array<uint8_t> packed(std::vector<uint8_t>(32, 0x1f));
+  // adding the half of rounding to nearest would carry into the sign
+  uint32_t bits = 0x7fffffff;
+  float nan = 0;
+  std::memcpy(&nan, &bits, sizeof(nan));
+  const Array<float> absmax({nan}), code(kCode);
+  everywhere("a scale that is NaN", [&](int threads) {
+    Output out("weights", 1, 64, kItemSize[dtype]);
+    out.set(Values(64), dtype);
+    fastlora_dequantize_blocks(packed.get(), absmax.get(), nullptr, nullptr, nullptr, nullptr,
+                               code.get(), 64, 64, dtype, out.data(), threads);
+    for (int64_t i = 0; i < 64; ++i) {
+      if (!std::isnan(decode(out.data() + i * kItemSize[dtype], dtype)))
+        fail("weights", "no NaN", i);
+    }
   });
 }
 
@@ -224,6 +253,9 @@ struct Shape {
 constexpr Shape kShapes[] = {
     {0, 64, 33, 4, 64, true},         // no tokens
     {1, 1, 1, 1, 32, false},          //
+    {1, 96, 301, 3, 64, true},        // one token, an odd number of chunks
+    {1, 1088, 65, 16, 32, true},      // an even one, of several scales
+    {2, 640, 97, 8, 128, false},      // two tokens
     {5, 31, 31, 3, 32, true},         // below every unit, k odd: codes one by one
     {16, 96, 300, 16, 64, true},      // blocks straddle rows
     {57, 300, 65, 33, 128, false},    // k no multiple of 32; one row, one rank above a unit
@@ -321,6 +353,26 @@ class Layer {
     });
   }
 
+  // Products with an identity are the decoded weight, to the bit.
+  void test_weight() {
+    Values w;
+    for (int64_t i = 0; i < n_ * k_; ++i) w.push_back(w_.at(i, dtype_));
+    Values transposed;
+    for (int64_t i = 0; i < n_ * k_; ++i) transposed.push_back(w[i % n_ * k_ + i / n_]);
+    const Matrix x = identity(k_), dy = identity(n_);
+    const void* dys[] = {dy.data()};
+    const int64_t strides[] = {dy.stride()};
+    everywhere(name_, [&](int threads) {
+      Output y("w^T", k_, n_, item_), dx("w", n_, k_, item_);
+      fastlora_linear(x.data(), x.stride(), dtype_, k_, n_, &w_.abi(), nullptr, nullptr, 0, nullptr,
+                      0, 0, 0, y.data(), threads);
+      y.expect_bytes(encoded(transposed, dtype_));
+      fastlora_linear_dx(dys, strides, &w_.abi(), 1, dtype_, n_, k_, nullptr, 0, nullptr, 0, 0,
+                         nullptr, 0, 0, 0, dx.data(), threads);
+      dx.expect_bytes(encoded(w, dtype_));
+    });
+  }
+
   void test_ds_db() {
     const Values ds = product(
         m_, r_, n_, [&](int64_t i, int64_t k) { return kScale * dy_(i, k); },
@@ -356,6 +408,12 @@ class Layer {
   }
 
  private:
+  Matrix identity(int64_t size) const {
+    Values values(size * size);
+    for (int64_t i = 0; i < size; ++i) values[i * size + i] = 1;
+    return {values, size, size, 1, dtype_};
+  }
+
   Output linear(
       const fastlora_nf4* w, const void* bias, int64_t r, const Values* before, int threads) {
     Output y("y", m_, n_, item_);
@@ -400,6 +458,7 @@ int main() {
         test_dequantize(count, blocksize, true, dtype);
       }
     }
+    test_nan_scale(dtype);
     for (int64_t k : {1, 27, 64, 129, 9001}) {
       test_dropout(9, k, 0, dtype);
       test_dropout(3, k, 5, dtype);
@@ -412,6 +471,7 @@ int main() {
       layer.test_linear();
       layer.test_ds_db();
       layer.test_dx();
+      if (shape.k <= 600 && shape.n <= 600) layer.test_weight();
     }
   }
   for (int64_t blocks : {1, 255, 256, 257, 70001}) test_quantize_stats(blocks);

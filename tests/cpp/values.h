@@ -23,19 +23,22 @@ constexpr int kDtypes[] = {FASTLORA_FP32, FASTLORA_FP16, FASTLORA_BF16};
 constexpr int64_t kItemSize[] = {4, 2, 2};
 constexpr double kFloor[] = {1e-5, 1e-3, 1e-2};  // helpers.FLOOR of the Python tests
 
-// Nearest number of a dtype, ties to even, for what overflows none.
+// Nearest number of a dtype, ties to even; only fp16 is taken beyond its largest.
 inline double rounded(double x, int dtype) {
   constexpr int kDigits[] = {24, 11, 8}, kSmallest[] = {-149, -24, -133};
   int exponent = 0;
   std::frexp(x, &exponent);
   const double unit = std::ldexp(1.0, std::max(exponent - kDigits[dtype], kSmallest[dtype]));
-  return std::nearbyint(x / unit) * unit;
+  const double nearest = std::nearbyint(x / unit) * unit;
+  const bool overflows = dtype == FASTLORA_FP16 && std::fabs(nearest) >= 65536;
+  return overflows ? std::copysign(INFINITY, x) : nearest;
 }
 
 // Writes a number that the dtype holds.
 inline void encode(double x, int dtype, uint8_t* out) {
   if (dtype == FASTLORA_FP16) {
-    const double size = std::fabs(x);
+    // a whole infinity has no exponent
+    const double size = std::min(std::fabs(x), 65536.0);
     const int exponent = size < 0x1p-14 ? -14 : std::ilogb(size);
     // an implicit one, where there is one, adds one to the exponent
     const int bits = static_cast<int>(std::ldexp(size, 10 - exponent)) + ((exponent + 14) << 10);
@@ -135,23 +138,30 @@ class Random {
 // [rows, columns] of a dtype. The memory ends with the last number.
 class Matrix {
  public:
-  Matrix(int64_t rows, int64_t columns, int64_t padding, int dtype, Random& random)
+  Matrix(const Values& values, int64_t rows, int64_t columns, int64_t padding, int dtype)
       : columns_(columns),
         stride_(columns + padding),
-        memory_(rows > 0 ? ((rows - 1) * stride_ + columns) * kItemSize[dtype] : 0) {
-    for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t j = 0; j < columns; ++j) {
-        values_.push_back(rounded(random.between(-2, 2), dtype));
-        encode(values_.back(), dtype, memory_.get() + (i * stride_ + j) * kItemSize[dtype]);
-      }
+        memory_(rows > 0 ? ((rows - 1) * stride_ + columns) * kItemSize[dtype] : 0),
+        values_(values) {
+    for (int64_t i = 0; i < rows * columns; ++i) {
+      const int64_t place = i / columns * stride_ + i % columns;
+      encode(values[i], dtype, memory_.get() + place * kItemSize[dtype]);
     }
   }
+  Matrix(int64_t rows, int64_t columns, int64_t padding, int dtype, Random& random)
+      : Matrix(some(rows * columns, dtype, random), rows, columns, padding, dtype) {}
   const void* data() const { return memory_.get(); }
   int64_t stride() const { return stride_; }
   const Values& values() const { return values_; }
   double operator()(int64_t i, int64_t j) const { return values_[i * columns_ + j]; }
 
  private:
+  static Values some(int64_t count, int dtype, Random& random) {
+    Values values(count);
+    for (double& x : values) x = rounded(random.between(-2, 2), dtype);
+    return values;
+  }
+
   int64_t columns_, stride_;
   Memory memory_;
   Values values_;
