@@ -16,9 +16,9 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [  # M, K, N, R, block size, nested scales
     (0, 64, 33, 4, 64, True),  # no tokens
     (1, 1, 1, 1, 32, False),
-    (1, 96, 301, 3, 64, True),  # one token, an odd number of chunks
-    (1, 1088, 65, 16, 32, True),  # an even one, of several scales
-    (2, 640, 97, 8, 128, False),  # two tokens
+    (1, 480, 301, 3, 64, True),  # one token, an odd number of chunks
+    (1, 512, 65, 16, 32, True),  # an even one, of several scales
+    (2, 1088, 97, 8, 128, False),  # two tokens
     (5, 31, 31, 3, 32, True),  # below every unit, K odd: codes one by one
     (16, 96, 300, 16, 64, True),  # blocks straddle rows
     (57, 300, 96, 33, 128, False),  # K no multiple of 32; one row, one rank above a unit

@@ -253,9 +253,9 @@ struct Shape {
 constexpr Shape kShapes[] = {
     {0, 64, 33, 4, 64, true},         // no tokens
     {1, 1, 1, 1, 32, false},          //
-    {1, 96, 301, 3, 64, true},        // one token, an odd number of chunks
-    {1, 1088, 65, 16, 32, true},      // an even one, of several scales
-    {2, 640, 97, 8, 128, false},      // two tokens
+    {1, 480, 301, 3, 64, true},       // one token, an odd number of chunks
+    {1, 512, 65, 16, 32, true},       // an even one, of several scales
+    {2, 1088, 97, 8, 128, false},     // two tokens
     {5, 31, 31, 3, 32, true},         // below every unit, k odd: codes one by one
     {16, 96, 300, 16, 64, true},      // blocks straddle rows
     {57, 300, 65, 33, 128, false},    // k no multiple of 32; one row, one rank above a unit
