@@ -24,32 +24,11 @@ namespace {
 #include "scalar.h"
 #include "simd_avx2.h"
 // the kernels need what the two above define
-#include "dropout_kernels.h"
-#include "nf4_kernels.h"
-#include "tile_kernels.h"
-// and these what the kernels define
-#include "panel_kernels.h"
-// and these what the panels define
-#include "few_kernels.h"
-// and these what all of them define
-#include "product_kernels.h"
-#include "token_kernels.h"
+#include "all_kernels.h"
 
 }  // namespace
 
-const Kernels kAvx2 = {
-    "avx2",
-    {1, 1, 1},
-    {quantize_blocks<float>, quantize_blocks<Fp16>, quantize_blocks<Bf16>},
-    quantize_stats,
-    {dequantize_blocks<float>, dequantize_blocks<Fp16>, dequantize_blocks<Bf16>},
-    {dropout<float>, dropout<Fp16>, dropout<Bf16>},
-    {pack_left<float, Fp32Format>, pack_left<Fp16, Fp32Format>, pack_left<Bf16, Fp32Format>},
-    {multiply_block<float, Fp32Format>, multiply_block<Fp16, Fp32Format>,
-     multiply_block<Bf16, Fp32Format>},
-    {pass_tokens<float>, pass_tokens<Fp16>, pass_tokens<Bf16>},
-    {pack_adapter<float>, pack_adapter<Fp16>, pack_adapter<Bf16>},
-};
+const Kernels kAvx2 = kernels_of<Fp32Format>("avx2");
 
 }  // namespace fastlora
 
