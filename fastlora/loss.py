@@ -245,9 +245,10 @@ def _cpu_bf16() -> bool:
 
 def _add(total: Tensor | None, part: Tensor | None) -> Tensor | None:
     """Sum in fp32; None is nothing yet."""
-    if part is None or total is None:
-        return total if part is None else part.float()
-    return total.add_(part)
+    if part is None:
+        return total
+    # a copy: autograd's own tensor can be the gradient of several, or expanded from one number
+    return part.to(torch.float32, copy=True) if total is None else total.add_(part)
 
 
 def _kind(t: Tensor) -> str:

@@ -103,6 +103,7 @@ def heads(V, K):
         "4-bit": q,
         "lora over 4-bit": LoraLinear(q, r=4, init_lora_weights=False),
         "trained whole": saved,
+        "weight plus another": sum_of_weights(K, V),
     }
 
 
@@ -110,6 +111,22 @@ def half_frozen(K, V):
     head = nn.Linear(K, V)
     head.weight.requires_grad_(False)
     return head
+
+
+class Plus(nn.Module):
+    """A weight and another: autograd hands both the same tensor as their gradient."""
+
+    def __init__(self, w):
+        super().__init__()
+        self.other = nn.Parameter(torch.randn_like(w))
+
+    def forward(self, w):
+        return w + self.other
+
+
+def sum_of_weights(K, V):
+    head = nn.Linear(K, V)
+    return nn.utils.parametrize.register_parametrization(head, "weight", Plus(head.weight))
 
 
 @pytest.mark.parametrize("hidden_grad", [True, False])
