@@ -1,6 +1,6 @@
 // Products of bf16 numbers for x86 processors with AMX; all else is as with AVX-512 BF16.
 //
-// Only this file is compiled for them, and it runs only after fastlora.cpp has asked the CPU. No
+// Only this file is compiled for them, and it runs only after isa.cpp has asked the CPU. No
 // library code with inline functions is included: see kernels.h.
 #include "kernels.h"
 

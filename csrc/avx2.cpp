@@ -1,6 +1,6 @@
 // The kernels for x86 processors with AVX2, FMA and F16C.
 //
-// Only this file is compiled for them, and it runs only after fastlora.cpp has asked the CPU. No
+// Only this file is compiled for them, and it runs only after isa.cpp has asked the CPU. No
 // library code with inline functions is included: see kernels.h.
 #include "kernels.h"
 

@@ -1,7 +1,7 @@
 // The kernels for x86 processors with AVX-512 BF16: products of bf16 numbers are made in pairs, all
 // else is as with AVX-512.
 //
-// Only this file is compiled for them, and it runs only after fastlora.cpp has asked the CPU. No
+// Only this file is compiled for them, and it runs only after isa.cpp has asked the CPU. No
 // library code with inline functions is included: see kernels.h.
 #include "kernels.h"
 

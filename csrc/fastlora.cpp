@@ -12,8 +12,6 @@ namespace {
 // fewest elements that are worth a thread: about 10 microseconds
 constexpr int64_t kGrain = 32768;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 }  // namespace
 }  // namespace fastlora
 

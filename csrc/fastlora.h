@@ -84,8 +84,8 @@ FASTLORA_API void fastlora_dropout(
     int threads);
 
 // --- linear layers: m tokens, k in_features, n out_features, r rank ----------------------------
-// Rows of activations and adapters may be `..._stride` elements apart, their columns are
-// neighbours.
+// m may be 0; k, n and r are 1 or more, unless it is said otherwise. Rows of activations and
+// adapters may be `..._stride` elements apart, their columns are neighbours.
 
 // A packed weight [n, k], as in fastlora_dequantize_blocks.
 typedef struct {
@@ -98,7 +98,7 @@ typedef struct {
   const float* code;
   int64_t n;
   int64_t k;
-  int64_t blocksize;
+  int64_t blocksize;  // a power of two, at least 32
 } fastlora_nf4;
 
 // s [m, r] = drop(x) a^T

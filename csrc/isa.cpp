@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstring>
+#include <string>
 
 #include "fastlora.h"
 
@@ -106,17 +107,14 @@ const Kernels& kernels() { return *active.load(std::memory_order_relaxed); }
 using namespace fastlora;
 
 const char* fastlora_isas(void) {
-  static char names[64] = "";
-  if (names[0] == 0) {
-    char joined[sizeof(names)] = "";
+  static const std::string names = [] {
+    std::string joined;
     for (const Isa& isa : kIsas) {
-      if (!isa.runs) continue;
-      if (joined[0] != 0) std::strcat(joined, ",");
-      std::strcat(joined, isa.kernels->name);
+      if (isa.runs) joined += (joined.empty() ? "" : ",") + std::string(isa.kernels->name);
     }
-    std::memcpy(names, joined, sizeof(names));
-  }
-  return names;
+    return joined;
+  }();
+  return names.c_str();
 }
 
 const char* fastlora_isa(void) { return kernels().name; }

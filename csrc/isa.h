@@ -8,6 +8,8 @@ namespace fastlora {
 
 const Kernels& kernels();
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 }  // namespace fastlora
 
 #endif  // FASTLORA_ISA_H_

@@ -77,8 +77,7 @@ struct Nf4 {
 // [rows, depth]
 struct Left {
   const void* data;
-  int64_t stride;    // between rows
-  const Mask* drop;  // dropout of the operand, or null
+  int64_t stride;  // between rows
 };
 
 // [depth, columns]
@@ -92,7 +91,7 @@ struct Right {
   const void* data;
   int64_t stride;
   const Nf4* weight;
-  float scale;  // of dense elements
+  float scale;  // of dense elements; in slots of pairs their product is rounded
 };
 
 struct Term {
@@ -128,7 +127,8 @@ struct Block {
 //   out [rows, r] = tokens adapter
 //   reduced [r, columns] += factors^T tokens
 struct Tokens {
-  Left tokens;           // [rows, columns], by rows
+  Left tokens;           // [rows, columns]
+  const Mask* drop;      // dropout of the tokens, or null
   const float* adapter;  // [columns, r rounded up to kUnit]; null: no out
   void* out;             // T
   int64_t out_stride;
@@ -153,11 +153,12 @@ constexpr int64_t kTokenColumns = 8 * kDepth;
 constexpr int64_t kUnit = 32;                 // columns that a decode writes at once
 constexpr int64_t kLeftStride = kDepth + 16;  // no two rows in the same set of the first cache
 
-// 32-bit numbers, aligned to 64 bytes, that a kernel works in
-constexpr int64_t kScratch = 170 * 1024;
-static_assert(kScratch >= (kDepth + kBlockRows) * kBlockColumns + kTokenRows * kLeftStride);
-static_assert(kScratch >=
-              kTokenRows * (kTokenColumns / kDepth + 1) * kLeftStride + kTokenRows * kBlockColumns);
+// 32-bit numbers, aligned to 64 bytes, that a kernel works in: sums and a panel, or packed tokens,
+// their factors and sums
+constexpr int64_t kProductScratch = (kBlockRows + kDepth) * kBlockColumns;
+constexpr int64_t kTokenScratch =
+    (kTokenColumns / kDepth + 1) * kTokenRows * kLeftStride + kTokenRows * kBlockColumns;
+constexpr int64_t kScratch = kProductScratch > kTokenScratch ? kProductScratch : kTokenScratch;
 
 // arrays are indexed by dtype, FASTLORA_FP32 first
 struct Kernels {
@@ -167,8 +168,8 @@ struct Kernels {
   void (*quantize_stats)(const QuantizeStats&, int64_t first, int64_t last);
   void (*dequantize_blocks[3])(const DequantizeBlocks&, int64_t first, int64_t last);
   void (*dropout[3])(const Dropout&, int64_t first, int64_t last);
-  void (*pack_left[3])(
-      const Left&, int64_t row, int64_t rows, int64_t k, int64_t depth, float* out);
+  // `count` numbers of the depth, from `first` on
+  void (*pack_left[3])(const void* row, int64_t first, int64_t count, float* out);
   void (*multiply[3])(const Product&, const Block&, float* scratch);
   void (*pass_tokens[3])(const Tokens&, Range rows, Range columns, float* scratch);
   void (*pack_adapter[3])(const Right&, Range depth, int64_t r, float* out);

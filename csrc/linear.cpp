@@ -11,8 +11,6 @@
 namespace fastlora {
 namespace {
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // --- memory ----------------------------------------------------------------------------------
 
 // Aligned numbers that are not initialised.
@@ -93,23 +91,25 @@ constexpr double kCycles = 50000;
 int64_t panels(const Term& term) { return term.depth == 0 ? 0 : ceil_div(term.depth, term.step); }
 
 // Panels of nearly equal depth, in whole chunks of codes.
-Term term_of(const Left& left, const Right& right, int64_t depth, int dtype) {
-  const int64_t most = kDepth * kernels().per_slot[dtype];
+Term term_of(const Kernels& isa, int dtype, const Left& left, const Right& right, int64_t depth) {
+  const int64_t most = kDepth * isa.per_slot[dtype];
   const int64_t count = std::max<int64_t>(1, ceil_div(depth, most));
   return {left, right, depth, ceil_div(ceil_div(depth, count), kUnit) * kUnit, nullptr, 0};
 }
 
 // Packs rows [row, row + rows) of the left operand of a term once for all blocks.
-void pack(Term* term, int dtype, int64_t row, int64_t rows, float* out, int threads) {
-  const auto kernel = kernels().pack_left[dtype];
-  const Left left = term->left;
+void pack(
+    const Kernels& isa, int dtype, int64_t row, int64_t rows, int threads, Term* term, float* out) {
+  const auto kernel = isa.pack_left[dtype];
   const int64_t depth = term->depth, step = term->step;
+  const int64_t row_bytes = term->left.stride * (dtype == FASTLORA_FP32 ? 4 : 2);
+  const char* data = static_cast<const char*>(term->left.data) + row * row_bytes;
   const int64_t grain = ceil_div(32768, std::max<int64_t>(depth, 1));
   parallel_for(rows, grain, threads, [&](int64_t first, int64_t last) {
     // a row from end to end, as the processor reads ahead
     for (int64_t i = first; i < last; ++i) {
       for (int64_t k = 0; k < depth; k += step) {
-        kernel(left, row + i, 1, k, std::min(depth - k, step),
+        kernel(data + i * row_bytes, k, std::min(depth - k, step),
                out + (k / step * rows + i) * kLeftStride);
       }
     }
@@ -118,36 +118,50 @@ void pack(Term* term, int dtype, int64_t row, int64_t rows, float* out, int thre
   term->packed_rows = rows;
 }
 
-void run(const Product& product, int dtype, int64_t rows, int64_t columns, int threads) {
-  std::vector<Term> terms(product.terms, product.terms + product.count);
-  Product p = product;
+// Rows [first, first + rows) of a product, at most kBlockRows.
+void run_rows(const Kernels& isa,
+              int dtype,
+              Product p,
+              int64_t first,
+              int64_t rows,
+              int64_t columns,
+              int threads) {
+  std::vector<Term> terms(p.terms, p.terms + p.count);
   p.terms = terms.data();
-  int64_t blocks = panels(p.lora);
-  for (const Term& term : terms) blocks += panels(term);
-  const auto kernel = kernels().multiply[dtype];
+  int64_t runs = panels(p.lora);
+  for (const Term& term : terms) runs += panels(term);
+  const double cycles = cost(rows, ceil_div(columns, kUnit)) * kDepth * runs;
+  const int team = cycles < 2 * kCycles ? 1 : threads;
+
+  float* out = shared(runs * rows * kLeftStride);
+  const auto pack_next = [&](Term* term) {
+    pack(isa, dtype, first, rows, team, term, out);
+    out += panels(*term) * rows * kLeftStride;
+  };
+  pack_next(&p.lora);
+  for (Term& term : terms) pack_next(&term);
+
+  const auto kernel = isa.multiply[dtype];
+  const Cut cut = best_cut(rows, columns, team);
+  parallel_tasks(cut.blocks(), team, [&](int64_t task) {
+    const int64_t row_block = task % cut.row_blocks, column_block = task / cut.row_blocks;
+    Block block;
+    block.packed_row = rows * row_block / cut.row_blocks;
+    block.row = first + block.packed_row;
+    block.rows = rows * (row_block + 1) / cut.row_blocks - block.packed_row;
+    block.column = column_block * cut.units * kUnit;
+    block.columns = std::min(columns - block.column, cut.units * kUnit);
+    kernel(p, block, scratch());
+  });
+}
+
+void run(
+    const Kernels& isa, int dtype, const Product& p, int64_t rows, int64_t columns, int threads) {
+  if (columns == 0) return;
   const int64_t parts = ceil_div(rows, kBlockRows);
-  for (int64_t part = 0; part < parts && columns > 0; ++part) {
-    const int64_t first = rows * part / parts, count = rows * (part + 1) / parts - first;
-    const double cycles = cost(count, ceil_div(columns, kUnit)) * kDepth * blocks;
-    const int team = cycles < 2 * kCycles ? 1 : threads;
-    const Cut cut = best_cut(count, columns, team);
-    float* out = shared(blocks * count * kLeftStride);
-    const auto pack_next = [&](Term* term) {
-      pack(term, dtype, first, count, out, team);
-      out += panels(*term) * count * kLeftStride;
-    };
-    pack_next(&p.lora);
-    for (Term& term : terms) pack_next(&term);
-    parallel_tasks(cut.blocks(), team, [&](int64_t task) {
-      const int64_t i = task % cut.row_blocks;
-      Block block;
-      block.packed_row = count * i / cut.row_blocks;
-      block.row = first + block.packed_row;
-      block.rows = count * (i + 1) / cut.row_blocks - block.packed_row;
-      block.column = task / cut.row_blocks * cut.units * kUnit;
-      block.columns = std::min(columns - block.column, cut.units * kUnit);
-      kernel(p, block, scratch());
-    });
+  for (int64_t part = 0; part < parts; ++part) {
+    const int64_t first = rows * part / parts, last = rows * (part + 1) / parts;
+    run_rows(isa, dtype, p, first, last - first, columns, threads);
   }
 }
 
@@ -162,9 +176,14 @@ int team_of(int64_t rows, int64_t columns, int64_t r, int threads) {
 }
 
 // An adapter as Tokens has it, for all threads.
-void pack_adapter(
-    const Right& adapter, int dtype, int64_t depth, int64_t r, float* out, int threads) {
-  const auto kernel = kernels().pack_adapter[dtype];
+void pack_adapter(const Kernels& isa,
+                  int dtype,
+                  const Right& adapter,
+                  int64_t depth,
+                  int64_t r,
+                  float* out,
+                  int threads) {
+  const auto kernel = isa.pack_adapter[dtype];
   parallel_for(depth, ceil_div(32768, r), threads,
                [&](int64_t first, int64_t last) { kernel(adapter, {first, last}, r, out); });
 }
@@ -209,11 +228,13 @@ void fastlora_lora_down(const void* x,
                         void* s,
                         int threads) {
   const Mask mask = mask_of(state, threshold, keep_scale);
+  const Kernels& isa = kernels();
   const int team = team_of(m, k, r, threads);
-  Tokens t{};
-  t.tokens = {x, x_stride, state ? &mask : nullptr};
   float* adapter = shared(k * padded(r));
-  pack_adapter({Right::kColumns, a, a_stride, nullptr, 1}, dtype, k, r, adapter, team);
+  pack_adapter(isa, dtype, {Right::kColumns, a, a_stride, nullptr, 1}, k, r, adapter, team);
+  Tokens t{};
+  t.tokens = {x, x_stride};
+  t.drop = state ? &mask : nullptr;
   t.adapter = adapter;
   t.out = s;
   t.out_stride = r;
@@ -238,19 +259,20 @@ void fastlora_linear(const void* x,
                      float scale,
                      void* y,
                      int threads) {
+  const Kernels& isa = kernels();
   const Nf4 weight = w ? weight_of(*w) : Nf4{};
-  const Left left{x, x_stride, nullptr};
-  const Term term = term_of(left, {Right::kNf4Columns, nullptr, 0, &weight, 1}, weight.k, dtype);
+  const Right packed{Right::kNf4Columns, nullptr, 0, &weight, 1};
+  const Term term = term_of(isa, dtype, {x, x_stride}, packed, weight.k);
+  const Right up{Right::kColumns, b, b_stride, nullptr, scale};
   Product p{};
-  p.lora =
-      term_of({s, s_stride, nullptr}, {Right::kColumns, b, b_stride, nullptr, scale}, r, dtype);
+  p.lora = term_of(isa, dtype, {s, s_stride}, up, r);
   p.terms = &term;
   p.count = w ? 1 : 0;
   p.bias = bias;
   p.out = y;
   p.out_stride = n;
   p.accumulate = !w;
-  run(p, dtype, m, n, threads);
+  run(isa, dtype, p, m, n, threads);
 }
 
 void fastlora_lora_bwd_ds_db(const void* dy,
@@ -268,36 +290,40 @@ void fastlora_lora_bwd_ds_db(const void* dy,
                              int64_t ds_stride,
                              float* db,
                              int threads) {
-  const int team = team_of(m, n, 2 * r, threads);
-  const Left factors{s, s_stride, nullptr};
-  Tokens t{};
-  t.tokens = {dy, dy_stride, nullptr};
-  t.reduced_stride = padded(n);
-  // each thread has rows of ds, and a db of its own; those are summed up in the order of the rows
-  const int64_t size = r * t.reduced_stride;
+  const Kernels& isa = kernels();
+  // each thread has rows of ds, and a db of its own; those are summed up in the order of the rows,
+  // and all together are no larger than dy
+  const int64_t most = std::max<int64_t>(1, std::min(ceil_div(m, kTokenRows), m / r));
+  const int team = static_cast<int>(std::min<int64_t>(team_of(m, n, 2 * r, threads), most));
+  const int64_t stride = padded(n), size = r * stride;
   float* adapter = shared(n * padded(r) + team * size);
   float* partial = adapter + n * padded(r);
-  pack_adapter({Right::kRows, b, b_stride, nullptr, scale}, dtype, n, r, adapter, team);
+  pack_adapter(isa, dtype, {Right::kRows, b, b_stride, nullptr, scale}, n, r, adapter, team);
+  const Left factors{s, s_stride};
+  Tokens t{};
+  t.tokens = {dy, dy_stride};
   t.adapter = adapter;
   t.out = ds;
   t.out_stride = ds_stride;
   t.factors = &factors;
+  t.reduced_stride = stride;
   t.r = r;
-  const auto kernel = kernels().pass_tokens[dtype];
+  const auto kernel = isa.pass_tokens[dtype];
   parallel_tasks(team, team, [&](int64_t part) {
     Tokens own = t;
     own.reduced = partial + part * size;
     std::memset(own.reduced, 0, size * sizeof(float));
     kernel(own, {m * part / team, m * (part + 1) / team}, {0, n}, scratch());
   });
-  parallel_for(n, ceil_div(32768, r * team), team, [&](int64_t first, int64_t last) {
-    for (int64_t j = first; j < last; ++j) {
+  parallel_for(ceil_div(n, kUnit), ceil_div(1024, r * team), team, [&](int64_t from, int64_t to) {
+    for (int64_t block = from; block < to; ++block) {
+      const int64_t first = block * kUnit, last = std::min(first + kUnit, n);
       for (int64_t i = 0; i < r; ++i) {
-        float sum = 0;
-        for (int part = 0; part < team; ++part) {
-          sum += partial[part * size + i * t.reduced_stride + j];
+        for (int64_t j = first; j < last; ++j) {
+          float sum = 0;
+          for (int part = 0; part < team; ++part) sum += partial[part * size + i * stride + j];
+          db[j * r + i] = scale * sum;
         }
-        db[j * r + i] = scale * sum;
       }
     }
   });
@@ -318,9 +344,10 @@ void fastlora_lora_bwd_da(const void* x,
                           int threads) {
   const Mask mask = mask_of(state, threshold, keep_scale);
   const int team = team_of(m, k, r, threads);
-  const Left factors{ds, ds_stride, nullptr};
+  const Left factors{ds, ds_stride};
   Tokens t{};
-  t.tokens = {x, x_stride, state ? &mask : nullptr};
+  t.tokens = {x, x_stride};
+  t.drop = state ? &mask : nullptr;
   t.factors = &factors;
   t.reduced_stride = padded(k);
   t.reduced = shared(r * t.reduced_stride);
@@ -360,20 +387,22 @@ void fastlora_linear_dx(const void* const* dys,
                         void* dx,
                         int threads) {
   const Mask mask = mask_of(state, threshold, keep_scale);
+  const Kernels& isa = kernels();
   std::vector<Nf4> packed(count);
   std::vector<Term> terms(count);
   for (int64_t i = 0; i < count; ++i) {
     packed[i] = weight_of(weights[i]);
-    terms[i] = term_of({dys[i], dy_strides[i], nullptr},
-                       {Right::kNf4Rows, nullptr, 0, &packed[i], 1}, packed[i].n, dtype);
+    const Right weight{Right::kNf4Rows, nullptr, 0, &packed[i], 1};
+    terms[i] = term_of(isa, dtype, {dys[i], dy_strides[i]}, weight, packed[i].n);
   }
+  const Right down{Right::kRows, a, a_stride, nullptr, 1};
   Product p{};
-  p.lora = term_of({ds, ds_stride, nullptr}, {Right::kRows, a, a_stride, nullptr, 1}, r, dtype);
+  p.lora = term_of(isa, dtype, {ds, ds_stride}, down, r);
   p.mask = state ? &mask : nullptr;
   p.terms = terms.data();
   p.count = count;
   p.out = dx;
   p.out_stride = k;
   p.accumulate = accumulate;
-  run(p, dtype, m, k, threads);
+  run(isa, dtype, p, m, k, threads);
 }

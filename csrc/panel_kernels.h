@@ -33,22 +33,9 @@ void pack_run(const T* in, int64_t count, float* out) {
   }
 }
 
-// Rows kLeftStride apart.
 template <class T, class Format>
-void pack_left(const Left& left, int64_t row, int64_t rows, int64_t k, int64_t depth, float* out) {
-  const T* x = static_cast<const T*>(left.data) + row * left.stride + k;
-  if (left.drop == nullptr) {
-    for (int64_t i = 0; i < rows; ++i) {
-      pack_run<Format>(x + i * left.stride, depth, out + i * kLeftStride);
-    }
-    return;
-  }
-  const Philox philox(left.drop->seed);
-  T dropped[kDepth * Format::kPerSlot];
-  for (int64_t i = 0; i < rows; ++i) {
-    drop_row(philox, *left.drop, row + i, k, depth, x + i * left.stride, dropped);
-    pack_run<Format>(dropped, depth, out + i * kLeftStride);
-  }
+void pack_left(const void* row, int64_t first, int64_t count, float* out) {
+  pack_run<Format>(static_cast<const T*>(row) + first, count, out);
 }
 
 // --- right, dense ----------------------------------------------------------------------------
@@ -58,14 +45,17 @@ void scale_run(const T* in, int64_t count, float scale, T* out) {
   for (int64_t i = 0; i < count; ++i) from_float(to_float(in[i]) * scale, out + i);
 }
 
-// A run of at most kDepth numbers of the depth, scaled, to slots.
+// Columns that are transposed at once.
+constexpr int64_t kChunk = 64;
+
+// A run of at most kChunk numbers of the depth, scaled, to slots.
 template <class Format, class T>
 void pack_scaled(const T* in, int64_t count, float scale, float* out) {
   if constexpr (Format::kPerSlot == 1) {
     widen(in, count, out);
     for (int64_t i = 0; i < count; ++i) out[i] *= scale;
   } else {
-    T scaled[kDepth];
+    T scaled[kChunk];
     scale_run(in, count, scale, scaled);
     Format::pack_run(scaled, count, out);
   }
@@ -104,7 +94,7 @@ void pack_lanes(const T* from,
                 float scale,
                 float* out,
                 int64_t row) {
-  constexpr int64_t kChunk = 64, kStride = kChunk / Format::kPerSlot;
+  constexpr int64_t kStride = kChunk / Format::kPerSlot;
   float slots[kWidth][kStride] = {};
   const uint8_t* rows[kWidth];
   for (int64_t i = 0; i < kWidth; ++i) rows[i] = reinterpret_cast<const uint8_t*>(slots[i]);

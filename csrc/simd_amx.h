@@ -19,7 +19,7 @@ struct MatrixConfig {
 };
 
 #if defined(FASTLORA_EMULATE)
-// The same numbers on processors without the instructions: for tests.
+// The same sums in the same order on processors without the instructions: for tests.
 struct Matrices {
   MatrixConfig config;
   float slots[8][kMatrixRows][16];
@@ -46,21 +46,31 @@ void store_matrix(float* to, int64_t stride) {
 template <int kSums, int kLeft, int kRight>
 void multiply_matrices() {
   for (int i = 0; i < matrices.config.rows[kSums]; ++i) {
-    Vec sums = load(matrices.slots[kSums][i]);
+    Vec first = splat(0.0f), second = first;
     for (int k = 0; k < matrices.config.row_bytes[kLeft] / 4; ++k) {
-      sums = dot_pairs(sums, splat(matrices.slots[kLeft][i][k]), load(matrices.slots[kRight][k]));
+      const Vec x = splat(matrices.slots[kLeft][i][k]), w = load(matrices.slots[kRight][k]);
+      first = fma(first_of(x), first_of(w), first);
+      second = fma(second_of(x), second_of(w), second);
     }
-    store(matrices.slots[kSums][i], sums);
+    float* sums = matrices.slots[kSums][i];
+    store(sums, add(load(sums), add(first, second)));
   }
 }
 #else
-inline void configure(const MatrixConfig& config) { _tile_loadconfig(&config); }
+// the intrinsics do not say that they read memory
+inline void fence() { asm volatile("" ::: "memory"); }
+
+inline void configure(const MatrixConfig& config) {
+  fence();
+  _tile_loadconfig(&config);
+}
 inline void release() { _tile_release(); }
 
 // the instructions name their registers: there is a case for each
 template <int kMatrix>
 void load_matrix(const float* from, int64_t stride) {
   const int64_t bytes = stride * static_cast<int64_t>(sizeof(float));
+  fence();
   if constexpr (kMatrix == 0) _tile_loadd(0, from, bytes);
   if constexpr (kMatrix == 1) _tile_loadd(1, from, bytes);
   if constexpr (kMatrix == 2) _tile_loadd(2, from, bytes);
@@ -93,25 +103,26 @@ struct MatrixFormat : PairFormat {
   static constexpr int kRows = 2 * kMatrixRows;
 };
 
-// Sums are matrices 0 to 3, two by two; 4 and 5 the left operand, 6 and 7 the right one. `slots` of
-// the depth are multiplied at once.
-inline void multiply_in_matrices(int64_t rows,
-                                 int64_t columns,
-                                 int64_t depth,
-                                 int64_t slots,
-                                 const float* left,
-                                 const Panel& right,
-                                 float* c,
-                                 int64_t stride) {
-  const int64_t upper = (rows + 1) / 2, lower = rows - upper;
+// Sums are matrices 0 and 1, and 2 and 3 below them if there is a second row; 4 and 5 are the left
+// operand, 6 and 7 the right one. `slots` of the depth are multiplied at once.
+template <bool kTwo>
+void multiply_in_matrices(int64_t rows,
+                          int64_t columns,
+                          int64_t depth,
+                          int64_t slots,
+                          const float* left,
+                          const Panel& right,
+                          float* c,
+                          int64_t stride) {
+  const int64_t upper = kTwo ? (rows + 1) / 2 : rows, lower = rows - upper;
   MatrixConfig config;
   for (int half = 0; half < 2; ++half) {
     config.set(half, upper, 16);
-    config.set(2 + half, lower, 16);
     config.set(6 + half, slots, 16);
+    if (kTwo) config.set(2 + half, lower, 16);
   }
   config.set(4, upper, slots);
-  config.set(5, lower, slots);
+  if (kTwo) config.set(5, lower, slots);
   configure(config);
   const float* sliver = right.data;
   for (int64_t j = 0; j < columns; j += kSliver, sliver += right.sliver) {
@@ -119,26 +130,28 @@ inline void multiply_in_matrices(int64_t rows,
     float* below = above + upper * stride;
     load_matrix<0>(above, stride);
     load_matrix<1>(above + kWidth, stride);
-    load_matrix<2>(below, stride);
-    load_matrix<3>(below + kWidth, stride);
+    if constexpr (kTwo) load_matrix<2>(below, stride);
+    if constexpr (kTwo) load_matrix<3>(below + kWidth, stride);
     for (int64_t k = 0; k < depth; k += slots) {
-      load_matrix<4>(left + k, kLeftStride);
-      load_matrix<5>(left + upper * kLeftStride + k, kLeftStride);
       load_matrix<6>(sliver + k * right.row, right.row);
       load_matrix<7>(sliver + k * right.row + kWidth, right.row);
+      load_matrix<4>(left + k, kLeftStride);
       multiply_matrices<0, 4, 6>();
       multiply_matrices<1, 4, 7>();
-      multiply_matrices<2, 5, 6>();
-      multiply_matrices<3, 5, 7>();
+      if constexpr (kTwo) load_matrix<5>(left + upper * kLeftStride + k, kLeftStride);
+      if constexpr (kTwo) multiply_matrices<2, 5, 6>();
+      if constexpr (kTwo) multiply_matrices<3, 5, 7>();
     }
     store_matrix<0>(above, stride);
     store_matrix<1>(above + kWidth, stride);
-    store_matrix<2>(below, stride);
-    store_matrix<3>(below + kWidth, stride);
+    if constexpr (kTwo) store_matrix<2>(below, stride);
+    if constexpr (kTwo) store_matrix<3>(below + kWidth, stride);
   }
   release();
 }
 
+// Also for few rows: vectors would add the same products in another order, and how many rows a tile
+// has depends on the number of threads.
 template <>
 inline void multiply_tiles<MatrixFormat>(int64_t rows,
                                          int64_t columns,
@@ -147,13 +160,12 @@ inline void multiply_tiles<MatrixFormat>(int64_t rows,
                                          const Panel& right,
                                          float* c,
                                          int64_t stride) {
-  if (rows <= kTileRows) {
-    return multiply_tiles<PairFormat>(rows, columns, depth, left, right, c, stride);
-  }
+  const auto multiply =
+      rows > kMatrixRows ? multiply_in_matrices<true> : multiply_in_matrices<false>;
   const int64_t rest = depth % 16, whole = depth - rest;
-  if (whole > 0) multiply_in_matrices(rows, columns, whole, 16, left, right, c, stride);
+  if (whole > 0) multiply(rows, columns, whole, 16, left, right, c, stride);
   if (rest > 0) {
     const Panel last{right.data + whole * right.row, right.row, right.sliver};
-    multiply_in_matrices(rows, columns, rest, rest, left + whole, last, c, stride);
+    multiply(rows, columns, rest, rest, left + whole, last, c, stride);
   }
 }

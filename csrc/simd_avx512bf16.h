@@ -2,11 +2,15 @@
 
 #if defined(FASTLORA_EMULATE)
 // The same numbers, up to the order of two sums, on processors without the instructions: for tests.
-inline Vec dot_pairs(Vec sums, Vec x, Vec w) {
+inline Vec first_of(Vec pairs) {
+  return as_floats(_mm512_slli_epi32(_mm512_castps_si512(pairs), 16));
+}
+inline Vec second_of(Vec pairs) {
   const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
-  const __m512i a = _mm512_castps_si512(x), b = _mm512_castps_si512(w);
-  sums = fma(as_floats(_mm512_and_si512(a, upper)), as_floats(_mm512_and_si512(b, upper)), sums);
-  return fma(as_floats(_mm512_slli_epi32(a, 16)), as_floats(_mm512_slli_epi32(b, 16)), sums);
+  return as_floats(_mm512_and_si512(_mm512_castps_si512(pairs), upper));
+}
+inline Vec dot_pairs(Vec sums, Vec x, Vec w) {
+  return fma(first_of(x), first_of(w), fma(second_of(x), second_of(w), sums));
 }
 inline Words narrowed(Vec x) { return narrow(x, static_cast<const Bf16*>(nullptr)); }
 #else

@@ -55,11 +55,19 @@ inline void project_tokens(
 
 template <class T>
 void pack_tokens(const Tokens& t, Range rows, Range columns, float* out) {
+  const Philox philox(t.drop == nullptr ? 0 : t.drop->seed);
+  T dropped[kDepth];
   for (int64_t row = rows.first; row < rows.last; ++row, out += kLeftStride) {
+    const T* x = static_cast<const T*>(t.tokens.data) + row * t.tokens.stride;
     float* to = out;
     for (int64_t k = columns.first; k < columns.last; k += kDepth, to += kTokenRows * kLeftStride) {
       const int64_t width = columns.last - k < kDepth ? columns.last - k : kDepth;
-      pack_left<T, Fp32Format>(t.tokens, row, 1, k, width, to);
+      const T* run = x + k;
+      if (t.drop != nullptr) {
+        drop_row(philox, *t.drop, row, k, width, run, dropped);
+        run = dropped;
+      }
+      widen(run, width, to);
     }
   }
 }

@@ -163,7 +163,7 @@ def lora_down(x: Tensor, a: Tensor, state: Tensor | None, p: float) -> Tensor:
 
 def lora_up(y: Tensor, s: Tensor, b: Tensor, scale: float) -> Tensor:
     """y [M, N] + scale * s b^T; overwrites y."""
-    return _linear(y, None, None, s, b, scale, y)
+    return _linear(None, None, None, s, b, scale, y)
 
 
 def lora_bwd_ds_db(dy: Tensor, b: Tensor, s: Tensor, scale: float, ds: Tensor) -> Tensor:
@@ -216,7 +216,7 @@ def lora_bwd_da_dx(
 
 
 def _linear(
-    x: Tensor,
+    x: Tensor | None,
     q: "NF4Weight | None",
     bias: Tensor | None,
     s: Tensor | None,
@@ -224,12 +224,13 @@ def _linear(
     scale: float,
     y: Tensor,
 ) -> Tensor:
-    x, bias = _rows(x), None if bias is None else bias.contiguous()
+    x = None if x is None else _rows(x)
+    bias = None if bias is None else bias.contiguous()
     s, b = (None, None) if b is None else (_rows(s), _rows(b))
     packed = None if q is None else _Packed(q)
     library().fastlora_linear(
         *_matrix(x),
-        DTYPES[x.dtype],
+        DTYPES[y.dtype],
         *y.shape,
         None if packed is None else ctypes.byref(packed.struct),
         _pointer(bias),
