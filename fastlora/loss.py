@@ -1,8 +1,9 @@
 """Cross entropy over a linear output head, a chunk of tokens at a time: the logits never all exist.
 
-Each chunk's logits are overwritten by their gradient and consumed before the next chunk, in the
-forward; what is kept for the backward is the gradient of the hidden states and of what is trained
-in the head. The head's product is computed once, and tokens without a label not at all.
+Each chunk's logits are overwritten by their gradient (unless the backward of the head reads them)
+and consumed before the next chunk, in the forward; what is kept for the backward is the gradient of
+the hidden states and of what is trained in the head. The head's product is computed once, and
+tokens without a label not at all.
 
 Source: Hsu et al. 2024, arXiv:2410.10989, section 3.2 (gradients in the forward, by chunks of
 tokens); Wijmans et al. 2024, arXiv:2411.09009, section 3 (why logits dominate the memory).
@@ -170,17 +171,25 @@ def _sweep(
     # pieces of one size, so that none is too small for a GEMM
     most = max(1, _CHUNK_BYTES[_kind(h)] // (4 * head.V))
     size = max(1, math.ceil(len(h) / max(1, math.ceil(len(h) / most))))
+    kept: list[Tensor] = []  # what the backward of the head will read
+
+    def keep(t: Tensor) -> Tensor:
+        kept.append(t)
+        return t
+
     # hooks of the caller, such as those of checkpointing, are for what outlives this function
-    with saved_tensors_hooks(_same, _same):
+    with saved_tensors_hooks(keep, _same):
         for at, (part, target) in enumerate(zip(h.split(size), targets.split(size), strict=True)):
             leaves = [part.detach().requires_grad_(needs[0]), *trained]
             with torch.set_grad_enabled(any(needs)):
                 z = head.logits(*leaves)
-            total += _losses(z.detach(), target, any(needs))
-            if not any(needs):
+            dz = _room(z.detach(), kept) if any(needs) else None
+            kept.clear()
+            total += _losses(z.detach(), target, dz)
+            if dz is None:
                 continue
             inputs = [leaf for leaf in leaves if leaf.requires_grad]
-            found = iter(torch.autograd.grad(z, inputs, z.detach(), allow_unused=True))
+            found = iter(torch.autograd.grad(z, inputs, dz, allow_unused=True))
             if dh is not None:
                 dh[at * size : at * size + len(part)] = next(found)
             for i, leaf in enumerate(trained):
@@ -189,17 +198,24 @@ def _sweep(
     return total, [dh, *sums]
 
 
-def _losses(z: Tensor, targets: Tensor, grad: bool) -> Tensor:
-    """Sum of the losses of logits z [m, V]; with `grad` their gradient is written over z."""
+def _room(z: Tensor, kept: Sequence[Tensor]) -> Tensor:
+    """Where the gradient of z goes: over z, unless that is among what is kept (as of a sigmoid)."""
+    return torch.empty_like(z) if any(torch._C._is_alias_of(t, z) for t in kept) else z
+
+
+def _losses(z: Tensor, targets: Tensor, dz: Tensor | None) -> Tensor:
+    """Sum of the losses of logits z [m, V]; their gradient is written to dz, which may be z."""
     total = torch.zeros((), dtype=torch.float32, device=z.device)
     cached = _TILE_BYTES * torch.get_num_threads() // (4 * z.shape[-1])
     tile = max(1, cached if z.device.type == "cpu" else len(z))
-    for part, index in zip(z.split(tile), targets.unsqueeze(-1).split(tile), strict=True):
-        logp = torch.log_softmax(part, -1, dtype=torch.float32)
+    for at in range(0, len(z), tile):
+        part = slice(at, at + tile)
+        logp = torch.log_softmax(z[part], -1, dtype=torch.float32)
+        index = targets[part].unsqueeze(-1)
         own = logp.gather(-1, index)
         total -= own.sum()
-        if grad:  # p - 1 of the label from its own logarithm: near 1 nothing is left of p in bf16
-            part.copy_(logp.exp_().scatter_(-1, index, own.expm1()))
+        if dz is not None:  # p - 1 from its own logarithm: near 1 nothing is left of p in bf16
+            dz[part] = logp.exp_().scatter_(-1, index, own.expm1())
     return total
 
 

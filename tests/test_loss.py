@@ -104,6 +104,9 @@ def heads(V, K):
         "lora over 4-bit": LoraLinear(q, r=4, init_lora_weights=False),
         "trained whole": saved,
         "weight plus another": sum_of_weights(K, V),
+        "sigmoid": Ended(dense, nn.Sigmoid()),
+        "tanh": Ended(dense, nn.Tanh()),
+        "part of a sigmoid": Ended(nn.Linear(K, V + 2), nn.Sigmoid(), V),
     }
 
 
@@ -111,6 +114,17 @@ def half_frozen(K, V):
     head = nn.Linear(K, V)
     head.weight.requires_grad_(False)
     return head
+
+
+class Ended(nn.Sequential):
+    """A head whose last op needs its result again in the backward."""
+
+    def __init__(self, linear, end, V=None):
+        super().__init__(linear, end)
+        self.out_features = V or linear.out_features
+
+    def forward(self, x):
+        return super().forward(x)[..., : self.out_features]
 
 
 class Plus(nn.Module):
