@@ -27,6 +27,8 @@ from fastlora.nf4 import FLOATS
 _CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
 # those of the tokens whose softmax is computed at once, for each thread: its share of the cache
 _TILE_BYTES = 1 << 20
+# bound of sums in fp16, whose largest number is 65504: half of it is for rounding
+_FP16_SUM = 2.0**15
 # columns of a 16-bit head that are widened at once
 _WIDE_COLUMNS = 4096
 
@@ -171,6 +173,7 @@ def _sweep(
     # pieces of one size, so that none is too small for a GEMM
     most = max(1, _CHUNK_BYTES[_kind(h)] // (4 * head.V))
     size = max(1, math.ceil(len(h) / max(1, math.ceil(len(h) / most))))
+    scale = _scale(h, size, trained)
     kept: list[Tensor] = []  # what the backward of the head will read
 
     def keep(t: Tensor) -> Tensor:
@@ -185,7 +188,7 @@ def _sweep(
                 z = head.logits(*leaves)
             dz = _room(z.detach(), kept) if any(needs) else None
             kept.clear()
-            total += _losses(z.detach(), target, dz)
+            total += _losses(z.detach(), target, dz, scale)
             if dz is None:
                 continue
             inputs = [leaf for leaf in leaves if leaf.requires_grad]
@@ -195,7 +198,24 @@ def _sweep(
             for i, leaf in enumerate(trained):
                 if leaf.requires_grad:
                     sums[i] = _add(sums[i], next(found))
-    return total, [dh, *sums]
+    return total, [g if g is None or scale is None else g.div_(scale) for g in (dh, *sums)]
+
+
+def _scale(h: Tensor, size: int, trained: Sequence[Tensor]) -> Tensor | None:
+    """What all gradients are computed times, as large as fp16 allows; None: 1.
+
+    The gradient of a linear head's weight is summed over the tokens of a chunk in its dtype, and a
+    loss scale that is divided out afterwards cannot undo an overflow. No logit's gradient is above
+    1, so that no such sum is above the number of tokens times the largest hidden state.
+    """
+    kinds = {h.dtype, *(t.dtype for t in trained)}
+    if torch.is_autocast_enabled(h.device.type):
+        kinds.add(torch.get_autocast_dtype(h.device.type))
+    if torch.float16 not in kinds or not len(h) or not any(t.requires_grad for t in trained):
+        return None
+    most = torch.linalg.vector_norm(h, math.inf, dtype=torch.float32).clamp_min(1)  # 1: the bias
+    scale = (_FP16_SUM / (size * most)).clamp_max(1)
+    return scale.log2().floor().exp2()  # a power of two rounds nothing
 
 
 def _room(z: Tensor, kept: Sequence[Tensor]) -> Tensor:
@@ -203,8 +223,8 @@ def _room(z: Tensor, kept: Sequence[Tensor]) -> Tensor:
     return torch.empty_like(z) if any(torch._C._is_alias_of(t, z) for t in kept) else z
 
 
-def _losses(z: Tensor, targets: Tensor, dz: Tensor | None) -> Tensor:
-    """Sum of the losses of logits z [m, V]; their gradient is written to dz, which may be z."""
+def _losses(z: Tensor, targets: Tensor, dz: Tensor | None, scale: Tensor | None) -> Tensor:
+    """Sum of the losses of logits z [m, V]; scale * gradient goes to dz, which may be z."""
     total = torch.zeros((), dtype=torch.float32, device=z.device)
     cached = _TILE_BYTES * torch.get_num_threads() // (4 * z.shape[-1])
     tile = max(1, cached if z.device.type == "cpu" else len(z))
@@ -215,7 +235,8 @@ def _losses(z: Tensor, targets: Tensor, dz: Tensor | None) -> Tensor:
         own = logp.gather(-1, index)
         total -= own.sum()
         if dz is not None:  # p - 1 from its own logarithm: near 1 nothing is left of p in bf16
-            dz[part] = logp.exp_().scatter_(-1, index, own.expm1())
+            grad = logp.exp_().scatter_(-1, index, own.expm1())
+            dz[part] = grad if scale is None else grad.mul_(scale)
     return total
 
 

@@ -226,6 +226,38 @@ def test_a_label_that_is_almost_certain():
         torch.testing.assert_close(got[1].double(), exact[1], rtol=0.02, atol=0)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_fp16_sums_over_many_tokens_are_finite(autocast):
+    """Their mean is far below the largest fp16 number, their sum above it."""
+    hidden = torch.full((20000, 8), 10.0, device=DEVICE, dtype=torch.float16)
+    weight = torch.randn(8, 8, device=DEVICE, dtype=torch.float16)
+    bias = torch.randn(8, device=DEVICE, dtype=torch.float16)
+    labels = torch.full((20000,), 3, device=DEVICE)
+    parts = [hidden, weight, bias]
+    exact = gradients(lambda h, w, b: plain(h, w, b, labels), [t.double() for t in parts], dy=64)
+    with torch.autocast(DEVICE, torch.float16, enabled=autocast):
+        got = gradients(
+            lambda h, w, b: linear_cross_entropy(h, w, labels, b),
+            [t.float() for t in parts] if autocast else parts,
+            dy=64,
+        )
+    for g, x in zip(got, exact, strict=True):
+        torch.testing.assert_close(g.double(), x, rtol=1e-2, atol=1e-2 * x.abs().max().item())
+
+
+def test_fp16_keeps_the_gradients_of_unlikely_labels():
+    """p is 8e-7 in each of 600 tokens: nothing of it would be left after a division by 600."""
+    hidden = torch.ones(600, 1, device=DEVICE, dtype=torch.float16)
+    weight = torch.tensor([[14.0], [0.0]], device=DEVICE, dtype=torch.float16)
+    labels = torch.zeros(600, dtype=torch.int64, device=DEVICE)
+    exact = gradients(
+        lambda h, w: F.cross_entropy(h @ w.T, labels), [hidden.double(), weight.double()], 2.0**16
+    )
+    got = gradients(lambda h, w: linear_cross_entropy(h, w, labels), [hidden, weight], 2.0**16)
+    for g, x in zip(got[1:], exact[1:], strict=True):
+        torch.testing.assert_close(g.double(), x, rtol=0.05, atol=0)
+
+
 def test_another_ignored_label(small_chunks):
     small_chunks(20)
     hidden, weight, bias, labels = make((13,), 8, 20, torch.float32)
