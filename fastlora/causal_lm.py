@@ -174,9 +174,9 @@ def _arm(root: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     if not root.training or _labels(root, args, kwargs) is None or why_not(root):
         return
     model = _language_model(root)
-    head, plain = model.get_output_embeddings(), model.loss_function
+    head = model.get_output_embeddings()
     vars(head)["forward"] = partial(_hand_on, head)
-    model.loss_function = partial(_loss, plain)
+    model.loss_function = partial(_loss, vars(model).get("_loss_function"))
 
 
 @_disable_dynamo
@@ -186,7 +186,10 @@ def _disarm(root: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -
     armed = None if model is None else vars(model).get("_loss_function")
     if not isinstance(armed, partial) or armed.func is not _loss:
         return output
+    (own,) = armed.args
     del model._loss_function
+    if own is not None:
+        model.loss_function = own
     vars(model.get_output_embeddings()).pop("forward", None)
     return _without_logits(output)
 
@@ -204,7 +207,7 @@ def _hand_on(head: nn.Module, hidden: Tensor) -> NoLogits:
 
 
 def _loss(
-    plain: Callable[..., Tensor],
+    own: Callable[..., Tensor] | None,
     logits: Tensor | NoLogits,
     labels: Tensor,
     vocab_size: int,
@@ -213,8 +216,12 @@ def _loss(
     shift_labels: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """`ForCausalLMLoss`, of hidden states where there are no logits."""
+    """`ForCausalLMLoss`, of hidden states where there are no logits; own: what the model was given.
+
+    Models that were given none find theirs by the name of their kind, and do so again afterwards.
+    """
     if not isinstance(logits, NoLogits):
+        plain = own or _plain_loss()
         return plain(
             logits,
             labels,

@@ -353,6 +353,21 @@ def test_models_that_do_more_with_their_logits_are_left_alone(make, capsys):
     assert all(torch.equal(grad, expected_grads[name]) for name, grad in grads.items())
 
 
+def test_a_loss_function_that_is_the_plain_one_stays_after_a_step():
+    """A model of another kind of loss, which was given that of causal language models."""
+    model, other = pair(llama)
+    plain_loss = model.loss_function
+    for m in (model, other):
+        m.loss_type = "ForTokenClassification"
+        m.loss_function = plain_loss
+    for _ in range(2):
+        assert_same_step(model, other)
+        assert vars(model)["_loss_function"] is plain_loss
+    with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
+        model(labels=labels())
+    assert model.loss_function is plain_loss
+
+
 def test_a_loss_function_given_later_gets_logits_and_stays():
     model = prepare_for_training(llama().train())
     step(model)
