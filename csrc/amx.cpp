@@ -30,17 +30,9 @@ namespace {
 #include "simd_avx512.h"
 #include "simd_avx512bf16.h"
 // the kernels need what the two above define
-#include "dropout_kernels.h"
-#include "nf4_kernels.h"
-#include "tile_kernels.h"
-// tiles of another kind, where there are enough rows
+#include "all_kernels.h"
+// tiles of another kind, before anything asks for them
 #include "simd_amx.h"
-// and these what the kernels define
-#include "panel_kernels.h"
-// and these what the panels define
-#include "few_kernels.h"
-// and these what all of them define
-#include "product_kernels.h"
 
 }  // namespace
 

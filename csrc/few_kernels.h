@@ -16,12 +16,6 @@ inline float sum_of(Vec x) {
   return lanes[0];
 }
 
-template <class T>
-Decoder<float> decoder_at(const Nf4& w, int64_t at) {
-  return Decoder<float>(w.blocks.code, block_scale(w.blocks, at >> w.block_shift),
-                        static_cast<const T*>(nullptr));
-}
-
 // The first run of the left operand's rows; the next one is term.packed_rows rows further.
 template <class Format>
 const typename Format::Number* first_run(const Term& term, const Block& block) {
@@ -43,7 +37,7 @@ void add_few_columns(const Term& term, const Block& block, float* sums) {
       const int64_t depth = term.depth - k < term.step ? term.depth - k : term.step;
       for (int64_t p = 0; p < depth; p += kChunk) {
         const int64_t at = (block.column + j) * w.k + k + p;
-        const Decoder<float> decode = decoder_at<T>(w, at);
+        const auto decode = decoder_at<T, float>(w, at);
         float chunk[kChunk];
         for (int64_t i = 0; i < kChunk; i += kStep) {
           decode(w.blocks.packed + (at + i) / 2, chunk + i);
@@ -89,7 +83,7 @@ void add_few_rows(const Term& term, const Block& block, int64_t column, float* s
 #pragma GCC unroll 4
       for (int64_t j = 0; j < kSpan; j += kStep) {
         float chunk[kStep];
-        decoder_at<T>(w, start + j)(w.blocks.packed + (start + j) / 2, chunk);
+        decoder_at<T, float>(w, start + j)(w.blocks.packed + (start + j) / 2, chunk);
 #pragma GCC unroll 8
         for (int64_t i = 0; i < kStep / kWidth; ++i) {
           const Vec values = load(chunk + i * kWidth);

@@ -176,20 +176,26 @@ void decode_any(const Nf4& w,
   }
 }
 
+// Of the block that element `at` is in; values that were rounded to T.
+template <class T, class Out>
+Decoder<Out> decoder_at(const Nf4& w, int64_t at) {
+  return Decoder<Out>(w.blocks.code, block_scale(w.blocks, at >> w.block_shift),
+                      static_cast<const T*>(nullptr));
+}
+
 // Columns [k, k + columns) of row n of the weight: chunks of 32 neighbours are decoded at once.
 template <class T, class Out>
 void decode_row(const Nf4& w, int64_t n, int64_t k, int64_t columns, Out* out, int64_t sliver) {
-  const DequantizeBlocks& d = w.blocks;
   for (int64_t j = 0; j < columns; j += kStep) {
     const int64_t at = n * w.k + k + j;
-    const Decoder<Out> decode(d.code, block_scale(d, at >> w.block_shift),
-                              static_cast<const T*>(nullptr));
+    const uint8_t* packed = w.blocks.packed + at / 2;
+    const auto decode = decoder_at<T, Out>(w, at);
     Out* to = out + j / kSliver * sliver + j % kSliver;
     if (kSliver >= kStep || sliver == kSliver) {
-      decode(d.packed + at / 2, to);
+      decode(packed, to);
     } else {
       Out chunk[kStep];
-      decode(d.packed + at / 2, chunk);
+      decode(packed, chunk);
       for (int64_t part = 0; part < kStep; part += kSliver, to += sliver) {
         memcpy(to, chunk + part, kSliver * sizeof(Out));
       }
