@@ -17,6 +17,7 @@ PROGRAM = ROOT / "tests" / "cpp" / "abi_test.cpp"
 KERNELS = sorted((ROOT / "csrc").glob("*.cpp"))
 FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", f"-I{ROOT}/csrc"]
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
+ISAS = native.isas() if native.available() else ()
 # weak references alone do not make a linker keep a runtime
 OPENMP = ["-Wl,--no-as-needed", "-lgomp"]
 
@@ -61,6 +62,13 @@ def test_installed_library(tmp_path):
     program = tmp_path / "abi_test"
     run(host_compiler(), *FLAGS, *WARNINGS, PROGRAM, library, *OPENMP, "-o", program)
     assert run(program) == f"{','.join(native.isas())}, threads\n"
+
+
+@pytest.mark.skipif("avx512" not in ISAS, reason="needs an AVX-512 processor")
+def test_emulated(tmp_path):
+    """AMX and products of bf16 in pairs, which this processor may not have."""
+    program = build(find("g++"), ["-DFASTLORA_EMULATE"], OPENMP, tmp_path)
+    assert run(program).startswith("amx,avx512bf16,avx512,")
 
 
 @pytest.mark.slow
