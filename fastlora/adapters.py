@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
+from fastlora.atomic import sync_folder, write_file
 from fastlora.config import LoraConfig
 from fastlora.model import adapted, adapters_of, install, original_of, state_of, unwrap
 from fastlora.nf4 import FLOATS
@@ -92,7 +93,7 @@ def save_adapter(
     stamp = _Stamp(_digest(tensors), config.digest())
     text = json.dumps(config.to_dict(), indent=2)
     folder.mkdir(parents=True, exist_ok=True)
-    _sync_folder(folder.parent)
+    sync_folder(folder.parent)
     data = to_safetensors(tensors, {"format": "pt", _MARK: str(stamp)})
     _commit(folder, stamp, text.encode(), data)
     return folder
@@ -354,38 +355,21 @@ def _commit(folder: Path, stamp: _Stamp, config: bytes, weights: bytes) -> None:
     new_config = folder / f".{CONFIG}.{stamp.pair}.{token}.tmp"
     new_weights = folder / f".{WEIGHTS}.{token}.tmp"
     try:
-        _write(new_config, config)
-        _write(new_weights, weights)
-        _sync_folder(folder)
+        write_file(new_config, config)
+        write_file(new_weights, weights)
+        sync_folder(folder)
         os.replace(new_weights, folder / WEIGHTS)
     except BaseException:
         new_config.unlink(missing_ok=True)
         new_weights.unlink(missing_ok=True)
         raise
     # from here on the new config counts, if need be under its temporary name: see _read_config
-    _sync_folder(folder)
+    sync_folder(folder)
     os.replace(new_config, folder / CONFIG)
-    _sync_folder(folder)
+    sync_folder(folder)
     for leftover in folder.glob(".adapter_*.tmp"):  # of processes that were killed
         if time.time() - leftover.stat().st_mtime > _STALE:
             leftover.unlink(missing_ok=True)
-
-
-def _write(file: Path, data: bytes) -> None:
-    with file.open("xb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":  # elsewhere a folder cannot be opened
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _shorten(keys: list[str]) -> str:

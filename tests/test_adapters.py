@@ -488,7 +488,7 @@ def test_a_failing_disk_leaves_an_adapter(base, saved, monkeypatch, fail_at, tim
 
         return call
 
-    target = {"write": (adapters, "_write"), "fsync": (os, "fsync"), "replace": (os, "replace")}
+    target = {"write": (adapters, "write_file"), "fsync": (os, "fsync"), "replace": (os, "replace")}
     owner, name = target[fail_at]
     monkeypatch.setattr(owner, name, failing(getattr(owner, name)))
     if fail_at != "fsync" and times == 2:
