@@ -1,4 +1,4 @@
-"""The command line: registration, options, data, encoding; training is in test_cli_train."""
+"""The command line: registration, options, settings; data and training have their own files."""
 
 import json
 import subprocess
@@ -7,20 +7,11 @@ import sys
 import pytest
 import torch
 import typer
-from cli_helpers import invoke, one_line, tiny_tokenizer
+from cli_helpers import invoke, one_line
 
-from fastlora.cli import COMMANDS, app, encoding
+from fastlora.cli import COMMANDS, app
 from fastlora.cli.console import UserError, duration, size
-from fastlora.cli.data import Example, read_jsonl, write_jsonl
 from fastlora.cli.settings import TrainSettings
-
-IGNORED = encoding.IGNORED
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer()
-
 
 # --- registration ----------------------------------------------------------------------------
 
@@ -106,132 +97,6 @@ def test_doctor_passes_here_and_fails_on_a_wrong_kernel(monkeypatch):
     forced = invoke("doctor")
     assert forced.exit_code == 1
     assert "fail: FASTLORA_BACKEND=wat cannot run" in forced.stdout
-
-
-# --- data ------------------------------------------------------------------------------------
-
-
-def test_jsonl_round_trip(tmp_path):
-    examples = [Example("a b", "c"), Example("", 'd "e"\n\u2028 é')]
-    write_jsonl(tmp_path / "x.jsonl", examples)
-    assert read_jsonl(tmp_path / "x.jsonl") == examples
-
-
-def test_jsonl_fields_and_blank_lines(tmp_path):
-    path = tmp_path / "x.jsonl"
-    path.write_text('\ufeff{"text": "t"}\r\n\n{"id": 1, "prompt": "p", "completion": "\u2028"}')
-    assert read_jsonl(path) == [Example(None, "t"), Example("p", "\u2028")]
-
-
-GOOD = '{"prompt": "p", "completion": "c"}\n'
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "must hold at least one example"),
-        ("\n \n", "must hold at least one example"),
-        (GOOD + "{", "line 2: must be JSON"),
-        (GOOD + "prompt,completion\n", "line 2: must be JSON"),
-        (GOOD + "\n[1]\n", "line 3: must be a JSON object, got list"),
-        ('{"prompt": "p"}', "line 1: must have the fields prompt and completion, or text, got"),
-        ('{"question": "q", "answer": "a"}', "got ['answer', 'question']"),
-        ('{"prompt": "p", "completion": "c", "text": "t"}', "line 1: must have the fields"),
-        ('{"prompt": "p", "completion": 3}', "line 1: completion must be a string, got int"),
-        ('{"prompt": null, "completion": "c"}', "line 1: prompt must be a string, got NoneType"),
-        ('{"prompt": "p", "completion": ""}', "line 1: completion must not be empty"),
-        ('{"text": ""}', "line 1: text must not be empty"),
-        (GOOD + '{"text": "\\ud800 x"}', "line 2: text must be text that UTF-8 can encode, got"),
-        ('{"prompt": "\\udc00", "completion": "c"}', "line 1: prompt must be text that UTF-8"),
-        ('{"prompt": "p", "completion": "c\\udfff"}', "line 1: completion must be text that UTF-8"),
-        (GOOD + "[" * 100_000, "line 2: must be JSON, got maximum recursion depth"),
-        (GOOD + '{"text": ' + "1" * 5000 + "}", "line 2: must be JSON, got Exceeds the limit"),
-    ],
-)
-def test_bad_jsonl_names_the_line(tmp_path, text, message):
-    path = tmp_path / "x.jsonl"
-    path.write_text(text)
-    with pytest.raises(UserError) as error:
-        read_jsonl(path)
-    assert message in str(error.value)
-    assert str(path) in str(error.value)
-
-
-def test_unreadable_data(tmp_path):
-    with pytest.raises(UserError, match="No such file"):
-        read_jsonl(tmp_path / "none.jsonl")
-    (tmp_path / "x.jsonl").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="readable JSONL file"):
-        read_jsonl(tmp_path / "x.jsonl")
-
-
-# --- what is trained on ----------------------------------------------------------------------
-
-
-def test_labels_cover_the_completion_and_its_end(tokenizer):
-    data = encoding.encode([Example("one two", "three")], tokenizer, r"{prompt}\n", 64)
-    (example,) = data.examples
-    prompt = tokenizer("one two\n").input_ids
-    completion = [*tokenizer("three").input_ids, tokenizer.eos_token_id]
-    assert example["input_ids"] == prompt + completion
-    assert example["labels"] == [IGNORED] * len(prompt) + completion
-    assert (data.cut, data.dropped, data.tokens) == (0, 0, len(prompt + completion))
-
-
-def test_labels_of_plain_text_start_at_the_second_token(tokenizer):
-    (example,) = encoding.encode([Example(None, "one two")], tokenizer, "{prompt}", 64).examples
-    ids = [*tokenizer("one two").input_ids, tokenizer.eos_token_id]
-    assert example["input_ids"] == ids
-    assert example["labels"] == [IGNORED, *ids[1:]]
-
-
-def test_padding_is_masked_by_position_where_it_is_the_end_token(tokenizer):
-    assert tokenizer.pad_token_id == tokenizer.eos_token_id
-    eos = tokenizer.eos_token_id
-    # an end token inside a completion is trained on like any other
-    rows = [Example("one", "two" + tokenizer.eos_token + "three"), Example("one", "two")]
-    data = encoding.encode(rows, tokenizer, "{prompt} ", 64)
-    batch = encoding.Collator(eos)(data.examples)
-    for row, example in enumerate(data.examples):
-        length = len(example["input_ids"])
-        assert batch["input_ids"][row, :length].tolist() == example["input_ids"]
-        assert batch["labels"][row, :length].tolist() == example["labels"]
-        assert batch["attention_mask"][row].tolist() == [1] * length + [0] * (
-            batch["labels"].shape[1] - length
-        )
-        assert (batch["labels"][row, length:] == IGNORED).all()
-        assert (batch["input_ids"][row, length:] == eos).all()
-    assert [(batch["labels"][row] == eos).sum().item() for row in (0, 1)] == [2, 1]
-
-
-def test_what_is_too_long_is_counted_and_never_empty(tokenizer):
-    rows = [Example("one", "two " * 9), Example("one " * 9, "two"), Example("one", "two")]
-    prompt = len(encoding.prompt_ids(tokenizer, r"{prompt}\n", "one"))
-    data = encoding.encode(rows, tokenizer, r"{prompt}\n", prompt + 4)
-    assert (data.cut, data.dropped, len(data.examples)) == (1, 1, 2)
-    assert all(len(e["input_ids"]) <= prompt + 4 for e in data.examples)
-    assert all(any(label != IGNORED for label in e["labels"]) for e in data.examples)
-    # what is cut does not end
-    assert data.examples[0]["labels"][-1] != tokenizer.eos_token_id
-    with pytest.raises(
-        UserError, match=f"max-length must leave room for completions, got {prompt}"
-    ):
-        encoding.encode(rows, tokenizer, r"{prompt}\n", prompt)
-
-
-def test_prompts_are_closed_by_no_end_token(tokenizer):
-    class Closing:
-        eos_token_id = tokenizer.eos_token_id
-
-        def __call__(self, text, add_special_tokens=True):
-            ids = tokenizer(text)
-            if add_special_tokens:
-                ids["input_ids"].append(self.eos_token_id)
-            return ids
-
-    for example in (Example("one", "two"), Example(None, "one two")):
-        got = encoding.encode([example], Closing(), "{prompt} ", 64).examples
-        assert got == encoding.encode([example], tokenizer, "{prompt} ", 64).examples
 
 
 # --- settings --------------------------------------------------------------------------------

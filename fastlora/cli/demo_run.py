@@ -13,13 +13,14 @@ from rich.text import Text
 
 from fastlora.cli import demo_model, demo_task, encoding, models, training
 from fastlora.cli.console import UserError, console, duration, note
-from fastlora.cli.data import Example, write_jsonl
+from fastlora.cli.data import Data, Pair, write_jsonl
 from fastlora.cli.generation import complete_lines
 from fastlora.cli.models import Base
 from fastlora.cli.settings import SETTINGS_FILE, TrainSettings
 from fastlora.cli.training import Result
 
 REPORT_FILE = "report.json"
+TRAIN_FILE = "train.jsonl"
 TEST_FILE = "test.jsonl"
 LEARNING_RATE = 2e-3  # high, because the run is short
 MAX_BEFORE, MIN_AFTER = 0.1, 0.9
@@ -37,7 +38,7 @@ class Answers:
         lines: the model's answers, in the same order.
     """
 
-    data: list[Example]
+    data: list[Pair]
     lines: list[str]
 
     @property
@@ -68,13 +69,14 @@ def run(output: Path, steps: int, test_items: int, seed: int) -> None:
     )
     settings.save(output)
     train_data, test_data = _task(steps * settings.batch_size, test_items, seed)
-    write_jsonl(output / "train.jsonl", train_data)
+    write_jsonl(output / TRAIN_FILE, train_data)
     write_jsonl(output / TEST_FILE, test_data)
 
     base = models.load(demo_model.fetch_model(), settings)
     models.describe(base, settings)
     before = _answer(base, test_data, settings, "before")
-    dataset = encoding.encode(train_data, base.tokenizer, settings.template, settings.max_length)
+    data = Data(output / TRAIN_FILE, "prompt", train_data)
+    dataset = encoding.encode(data, base.tokenizer, settings.template, settings.max_length)
     encoding.describe(dataset, settings.max_length)
     config = training.lora_config(settings, base.path)
     result = training.train(base, dataset, settings, config, output)
@@ -87,15 +89,18 @@ def run(output: Path, steps: int, test_items: int, seed: int) -> None:
     _conclude(report, base.path, output, test_data[0])
 
 
-def _task(train_items: int, test_items: int, seed: int) -> tuple[list[Example], list[Example]]:
+def _task(train_items: int, test_items: int, seed: int) -> tuple[list[Pair], list[Pair]]:
     pairs = demo_task.make_pairs(train_items, test_items, seed)
-    train_data, test_data = ([Example(*pair) for pair in part] for part in pairs)
+    train_data, test_data = (
+        [Pair(f"{name}, line {line}", *pair) for line, pair in enumerate(part, 1)]
+        for name, part in zip((TRAIN_FILE, TEST_FILE), pairs, strict=True)
+    )
     return train_data, test_data
 
 
-def _answer(base: Base, data: list[Example], settings: TrainSettings, when: str) -> Answers:
+def _answer(base: Base, data: list[Pair], settings: TrainSettings, when: str) -> Answers:
     with console.status(f"answering {len(data)} held-out sentences"):
-        prompts = [example.prompt or "" for example in data]
+        prompts = [example.prompt for example in data]
         lines = complete_lines(base, prompts, settings.template, MAX_NEW_TOKENS, BATCH)
     answers = Answers(data, lines)
     note(when, f"exact match {answers.exact_match:.1%} of {len(data)} held-out sentences")
@@ -106,7 +111,7 @@ def _show_rows(before: Answers, after: Answers) -> None:
     console.print()
     rows = zip(before.data, before.lines, after.lines, strict=True)
     for example, old, new in [*rows][:SHOWN]:
-        console.print(Text(example.prompt or "", style="bold"))
+        console.print(Text(example.prompt, style="bold"))
         for label, line in (("expected", example.completion), ("before", old), ("after", new)):
             right = line == example.completion
             text = Text.assemble((f"{label:>8}  ", "cyan"), (line, "green" if right else "red"))
@@ -146,14 +151,14 @@ def _report(
     }
 
 
-def _conclude(report: dict[str, Any], model: Path, output: Path, example: Example) -> None:
+def _conclude(report: dict[str, Any], model: Path, output: Path, example: Pair) -> None:
     before, after = report["exact_match"]["before"], report["exact_match"]["after"]
     headline = f"Exact match {before:.1%} → {after:.1%}", "bold"
     rest = f" in {duration(report['seconds'])}. Report: {output / REPORT_FILE}. Try it by hand:\n"
     console.print(Text.assemble(headline, rest), soft_wrap=True)
     # the line must run where it is pasted, and there the environment may not be active
     program = ["fastlora"] if shutil.which("fastlora") else [sys.executable, "-m", "fastlora"]
-    words = ["generate", str(model), "--adapter", str(output), "--prompt", str(example.prompt)]
+    words = ["generate", str(model), "--adapter", str(output), "--prompt", example.prompt]
     print(shlex.join(program + words))
     if before >= MAX_BEFORE or after <= MIN_AFTER:
         raise UserError(

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from fastlora.cli.console import require
-from fastlora.cli.data import read_jsonl
+from fastlora.cli.data import read
 from fastlora.cli.settings import TrainSettings, with_settings
 
 
@@ -23,7 +23,7 @@ def train(
     ] = False,
 ) -> None:
     """Fine-tune a model: 4-bit frozen weights, LoRA adapters, loss on the completions only."""
-    examples = read_jsonl(data)
+    examples = read(data)
     require("transformers", "accelerate")
     # transformers takes seconds to import, so what needs it comes after the quick checks
     from fastlora.cli import encoding, models, training
