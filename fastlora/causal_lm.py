@@ -9,7 +9,8 @@ trained on another loss than the model's own.
 import dataclasses
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NoReturn
 
@@ -20,6 +21,7 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable, which impo
 from fastlora.loss import is_hooked, linear_cross_entropy
 
 _HOOKS = "fastlora_chunked_loss"  # attribute of the model: what takes its hooks off again
+_ALWAYS = "fastlora_without_logits"  # attribute of the model: it makes none in eval mode either
 # what models do to their logits before the loss -> the value that does nothing
 _LOGIT_OPS = {
     "final_logit_softcapping": None,
@@ -54,6 +56,32 @@ def unchunk_loss(root: nn.Module) -> None:
     """
     for module in (root, _language_model(root)):  # a PEFT model, or what it was made from
         for handle in vars(module).pop(_HOOKS, ()) if module is not None else ():
+            handle.remove()
+
+
+@contextmanager
+def without_logits(root: nn.Module) -> Iterator[None]:
+    """Compute the loss in chunks inside a `with` block, in eval mode too and prepared or not.
+
+    As in training that is a forward with labels, and only where `why_not` has no other reason
+    against it than that chunked_loss is off.
+
+    Args:
+        root: the model, unwrapped; afterwards it is as before.
+
+    Yields:
+        Nothing.
+    """
+    prepared = _HOOKS in vars(root)
+    chunk_loss(root)
+    inside = _ALWAYS in vars(root)
+    vars(root)[_ALWAYS] = True
+    try:
+        yield
+    finally:
+        if not inside:
+            del vars(root)[_ALWAYS]
+        for handle in () if prepared else vars(root).pop(_HOOKS, ()):
             handle.remove()
 
 
@@ -171,7 +199,8 @@ def _names(model: nn.Module) -> tuple[str, ...]:
 @_disable_dynamo
 def _arm(root: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """Before a forward: a training step with labels makes no logits."""
-    if not root.training or _labels(root, args, kwargs) is None or why_not(root):
+    wanted = root.training or _ALWAYS in vars(root)
+    if not wanted or _labels(root, args, kwargs) is None or why_not(root):
         return
     model = _language_model(root)
     head = model.get_output_embeddings()

@@ -11,7 +11,7 @@ from model_helpers import VOCAB, bert, gpt2, llama, plain, tokens
 from torch import nn
 
 from fastlora import causal_lm
-from fastlora.causal_lm import NoLogits, why_not
+from fastlora.causal_lm import NoLogits, why_not, without_logits
 from fastlora.config import LoraConfig
 from fastlora.model import add_lora, prepare_for_training, quantize_model
 from fastlora.report import explain, explain_loss
@@ -137,6 +137,40 @@ def test_without_labels_and_in_eval_mode_logits_are_untouched():
         got = model.train()(tokens(), labels=labels())
     assert got.logits is None
     assert not got.loss.requires_grad
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("prepared", [False, True])
+def test_evaluation_without_logits(prepared, training):
+    model = qlora().train(training)
+    prepare_for_training(model, chunked_loss=prepared)
+    names = {*vars(model)}
+    with torch.no_grad():
+        expected = copy.deepcopy(model).eval()(tokens(), labels=labels()).loss
+        model.eval()
+        with without_logits(model):
+            with without_logits(model):
+                inner = model(tokens(), labels=labels())
+            output = model(tokens(), labels=labels())
+            assert model(tokens()).logits is not None
+        assert inner.logits is output.logits is None
+        assert inner.loss == output.loss
+        assert output.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        assert model(tokens(), labels=labels()).logits is not None
+        assert (model.train()(tokens(), labels=labels()).logits is None) == prepared
+    assert {*vars(model)} == names
+    assert len(model._forward_hooks) == len(model._forward_pre_hooks) == int(prepared)
+
+
+def test_evaluation_without_logits_of_a_peft_model():
+    peft = pytest.importorskip("peft")
+    inner = prepare_for_training(llama())
+    model = peft.get_peft_model(inner, peft.LoraConfig(target_modules=["q_proj"])).eval()
+    with without_logits(model), torch.no_grad():
+        assert model(tokens(), labels=labels()).logits is None
+    assert model(tokens(), labels=labels()).logits is not None
+    assert len(inner._forward_hooks) == 1
+    assert not model._forward_hooks
 
 
 def test_labels_by_position_and_outputs_as_tuples():
@@ -351,6 +385,8 @@ def test_models_that_do_more_with_their_logits_are_left_alone(make, capsys):
     assert output.logits is not None
     assert got == expected
     assert all(torch.equal(grad, expected_grads[name]) for name, grad in grads.items())
+    with without_logits(model.eval()):
+        assert model(tokens(), labels=labels()).logits is not None
 
 
 def test_a_loss_function_that_is_the_plain_one_stays_after_a_step():
