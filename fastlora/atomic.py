@@ -1,5 +1,6 @@
 """Files and folders that are there complete or not at all, also after a crash or power cut."""
 
+import hashlib
 import os
 import shutil
 import uuid
@@ -76,6 +77,25 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def sha256_of(file: Path) -> str:
+    """sha256 of a file's bytes, in hexadecimal.
+
+    Args:
+        file: read in parts.
+
+    Returns:
+        64 digits.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        for chunk in iter(lambda: stream.read(1 << 20), b""):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _sync_tree(folder: Path) -> None:

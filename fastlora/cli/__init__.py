@@ -12,12 +12,9 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from fastlora.cli.console import UserError, error_line
+from fastlora.cli.console import UsageError, UserError, error_line
 
-COMMANDS = ("demo", "train", "generate", "bench", "doctor")
-
-# by version typer imports click or carries its own; in both this is the class of usage errors
-UsageError = typer.BadParameter.__bases__[0]
+COMMANDS = ("demo", "train", "eval", "generate", "merge", "bench", "doctor")
 
 
 class _LazyCommands(Mapping[str, Any]):
@@ -52,6 +49,7 @@ class _Commands(TyperGroup):
         try:
             code = super().main(args, **extra) or 0
         except (KeyboardInterrupt, typer.Abort):
+            error_line("interrupted")
             code = 130
         except UserError as error:
             error_line(str(error))
@@ -59,8 +57,6 @@ class _Commands(TyperGroup):
         except UsageError as error:
             error_line(error.format_message())
             code = 2
-        if code == 130:
-            error_line("interrupted")
         raise SystemExit(code)
 
 

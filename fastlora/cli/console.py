@@ -1,14 +1,20 @@
 """What a person sees: where text goes, how an error looks, how numbers are written."""
 
 import importlib.util
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import typer
 from rich.console import Console
 from rich.text import Text
 
+# by version typer imports click or carries its own; in both this is the class of usage errors
+UsageError = typer.BadParameter.__bases__[0]
 console = Console(highlight=False)
+# on import, which transformers does, it warns of a package that nobody needs here
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 class UserError(Exception):

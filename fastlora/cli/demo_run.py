@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.text import Text
 
-from fastlora.cli import demo_model, demo_task, encoding, models, training
+from fastlora.cli import demo_model, demo_task, encoding, models, preview, training
 from fastlora.cli.console import UserError, console, duration, note
 from fastlora.cli.data import Data, Pair, write_jsonl
 from fastlora.cli.generation import complete_lines
@@ -61,32 +61,46 @@ def run(output: Path, steps: int, test_items: int, seed: int) -> None:
         UserError: something is missing, or exact match is not what was promised.
     """
     start = time.perf_counter()
-    settings = TrainSettings(steps=steps, lr=LEARNING_RATE, seed=seed)
     training.refuse_many_processes()
     # the folder of an earlier demo may be used again
     training.check_output(
         output, reuse=all((output / name).exists() for name in (SETTINGS_FILE, TEST_FILE))
     )
+    model = demo_model.fetch_model()
+    settings = TrainSettings(
+        model=str(model),
+        data=output / TRAIN_FILE,
+        output=output,
+        steps=steps,
+        lr=LEARNING_RATE,
+        seed=seed,
+    ).absolute()
     settings.save(output)
     train_data, test_data = _task(steps * settings.batch_size, test_items, seed)
     write_jsonl(output / TRAIN_FILE, train_data)
     write_jsonl(output / TEST_FILE, test_data)
 
-    base = models.load(demo_model.fetch_model(), settings)
+    base = models.load(models.find(settings.model), settings)
     models.describe(base, settings)
     before = _answer(base, test_data, settings, "before")
-    data = Data(output / TRAIN_FILE, "prompt", train_data)
-    dataset = encoding.encode(data, base.tokenizer, settings.template, settings.max_length)
-    encoding.describe(dataset, settings.max_length)
-    config = training.lora_config(settings, base.path)
-    result = training.train(base, dataset, settings, config, output)
+    task = training.Task(
+        _encode(base, train_data, settings), _encode(base, test_data[: training.SAMPLE], settings)
+    )
+    encoding.describe(task.train, settings.max_length)
+    preview.show(task.train, base.tokenizer)
+    result = training.train(base, task, settings, training.lora_config(settings))
     after = _answer(base, test_data, settings, "after")
 
-    training.summarise(result, output)
+    training.summarise(result, task, output)
     _show_rows(before, after)
-    report = _report(base, result, before, after, time.perf_counter() - start)
+    report = _report(settings, base, result, before, after, time.perf_counter() - start)
     (output / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", "utf-8")
-    _conclude(report, base.path, output, test_data[0])
+    _conclude(report, model, output, test_data[0])
+
+
+def _encode(base: Base, rows: list[Pair], settings: TrainSettings) -> encoding.Dataset:
+    data = Data(settings.data, "prompt", rows)
+    return encoding.encode(data, base.tokenizer, settings.template, settings.max_length)
 
 
 def _task(train_items: int, test_items: int, seed: int) -> tuple[list[Pair], list[Pair]]:
@@ -120,11 +134,16 @@ def _show_rows(before: Answers, after: Answers) -> None:
 
 
 def _report(
-    base: Base, result: Result, before: Answers, after: Answers, seconds: float
+    settings: TrainSettings,
+    base: Base,
+    result: Result,
+    before: Answers,
+    after: Answers,
+    seconds: float,
 ) -> dict[str, Any]:
     last = result.records[-1]
     return {
-        "model": str(base.path),
+        "model": settings.model,
         "dtype": str(base.model.dtype).removeprefix("torch."),
         "seconds": seconds,
         "exact_match": {

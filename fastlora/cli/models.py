@@ -1,28 +1,39 @@
-"""Models and tokenizers as the user has them: a local Hugging Face folder or a GGUF file."""
+"""Models and tokenizers as the user has them: a Hugging Face folder, a GGUF file, a hub's name."""
 
 import contextlib
 import io
 import json
+import re
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+)
 
 import fastlora
 from fastlora.cli.console import UserError, console, note, reported, size
 from fastlora.cli.settings import TrainSettings
+from fastlora.integrations.transformers import check_quantization, load_bnb_4bit
+from fastlora.report import count_parameters
 
 # what transformers' readers raise on files that are damaged, of another kind or of values that they
 # do not check, and where a reader is not installed
@@ -39,7 +50,32 @@ UNREADABLE = (
     ValueError,
     struct.error,
 )
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model is, after the checks that need no weights.
+
+    Attributes:
+        name: as the user gave it.
+        folder: that holds its files.
+        gguf: name of the GGUF file in the folder; None: a folder as transformers saves it.
+        nf4: whether the weights are 4-bit already, as bitsandbytes writes them.
+    """
+
+    name: str
+    folder: Path
+    gguf: str | None = None
+    nf4: bool = False
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What transformers' from_pretrained takes beside the folder."""
+        files = {"gguf_file": self.gguf} if self.gguf else {}
+        return {"local_files_only": True, **files}
 
 
 @dataclass(frozen=True)
@@ -47,18 +83,26 @@ class Base:
     """A loaded model.
 
     Attributes:
-        path: where it came from.
+        source: where it came from.
         model: on the device it runs on, in eval mode.
         tokenizer: its tokenizer.
+        labels: the classes of a sequence classifier; empty for a language model.
         fp32_bytes: what all its weights take in fp32.
         weight_bytes: what they take now.
     """
 
-    path: Path
+    source: Source
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    labels: tuple[str, ...]
     fp32_bytes: int
     weight_bytes: int
+
+    @property
+    def pad_id(self) -> int:
+        """A token for padding, whose places are masked: the end of sequence where none is meant."""
+        pad = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if pad is None else pad
 
 
 def device() -> torch.device:
@@ -66,14 +110,14 @@ def device() -> torch.device:
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def pick_dtype(name: str) -> torch.dtype:
-    """The compute dtype that an option names.
+def pick_dtype(name: str) -> str:
+    """The compute dtype that an option means on this machine.
 
     Args:
         name: auto, fp32, bf16 or fp16; auto is bf16 where the hardware multiplies in bf16.
 
     Returns:
-        The dtype.
+        fp32, bf16 or fp16.
 
     Raises:
         UserError: fp16 without a GPU.
@@ -82,17 +126,59 @@ def pick_dtype(name: str) -> torch.dtype:
     if name == "fp16" and not on_gpu:
         raise UserError("dtype fp16 must run on a GPU, got cpu; use fp32 or bf16")
     if name != "auto":
-        return DTYPES[name]
+        return name
     fast_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else _cpu_bf16()
-    return torch.bfloat16 if fast_bf16 else torch.float32
+    return "bf16" if fast_bf16 else "fp32"
 
 
-def load(path: Path, settings: TrainSettings) -> Base:
+def find(name: str, labelled: bool = False) -> Source:
+    """Find a model, and download it where it is on the hub and not here yet.
+
+    Args:
+        name: a folder, a .gguf file, or organisation/model on the Hugging Face hub. From there only
+            JSON, tokenizer files and safetensors are taken, nothing that is unpickled or run.
+        labelled: whether it is to classify sequences; else it is a causal language model.
+
+    Returns:
+        Where it is.
+
+    Raises:
+        UserError: there is no such model, or it is of a kind that cannot be trained here.
+    """
+    path = Path(name)
+    if path.suffix == ".gguf" and path.is_file():
+        return Source(name, path.parent, gguf=path.name)
+    if not path.exists() and HUB_NAME.fullmatch(name):
+        path = _download(name)
+    config = path / "config.json"
+    if not config.is_file():
+        raise UserError(
+            "model must be a folder with config.json, a .gguf file or a name on the hub "
+            f"(organisation/model), got {name}"
+        )
+    values = _json_object(config)
+    kind = values.get("model_type")
+    what = "a sequence classifier" if labelled else "a causal language model"
+    mapping = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING if labelled else MODEL_FOR_CAUSAL_LM_MAPPING
+    known = isinstance(kind, str) and kind in CONFIG_MAPPING
+    if not known or CONFIG_MAPPING[kind] not in mapping:
+        raise UserError(f"{config}: model_type must be {what}, got {kind!r}")
+    quantised = values.get("quantization_config")
+    if quantised is not None:
+        if not isinstance(quantised, dict):
+            raise UserError(f"{config}: quantization_config must be an object, got {quantised!r}")
+        with reported(ValueError, NotImplementedError, about=f"{config}: "):
+            check_quantization(quantised)
+    return Source(name, path, nf4=quantised is not None)
+
+
+def load(source: Source, settings: TrainSettings, labels: Sequence[str] = ()) -> Base:
     """Load a model and quantise it.
 
     Args:
-        path: a folder with config.json, weights and tokenizer, or a .gguf file.
+        source: from `find`.
         settings: dtype, quantize, blocksize and double_quant are read.
+        labels: the classes of a sequence classifier, in the order of its outputs.
 
     Returns:
         The model on its device.
@@ -100,14 +186,23 @@ def load(path: Path, settings: TrainSettings) -> Base:
     Raises:
         UserError: this is not a model that can be loaded, or the settings do not fit it.
     """
-    dtype = pick_dtype(settings.dtype)
+    dtype = DTYPES[pick_dtype(settings.dtype)]
+    if source.nf4 and settings.quantize != "nf4":
+        raise UserError(
+            f"quantize must be nf4 for {source.name}, which has 4-bit weights, got none"
+        )
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     with console.status("loading the model"):
-        tokenizer = _load_tokenizer(path)
-        model = _load_model(path, dtype)
-        fp32_bytes = 4 * sum(p.numel() for p in model.parameters())
-        if settings.quantize == "nf4":
+        tokenizer = _load_tokenizer(source)
+        model = _load_model(source, dtype, labels)
+        if labels and model.config.pad_token_id is None:
+            # a decoder finds the last token of a sequence by its padding
+            model.config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id
+        fp32_bytes = 4 * count_parameters(model)[1]
+        if source.nf4:
+            _check_quantised(source, model, settings)
+        elif settings.quantize == "nf4":
             # RuntimeError: FASTLORA_BACKEND names what does not run here
             with reported(ValueError, RuntimeError):
                 fastlora.quantize_model(
@@ -115,65 +210,105 @@ def load(path: Path, settings: TrainSettings) -> Base:
                 )
         model.to(device()).eval()
     weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    return Base(path, model, tokenizer, fp32_bytes, weight_bytes)
+    return Base(source, model, tokenizer, tuple(labels), fp32_bytes, weight_bytes)
+
+
+def add_adapter(base: Base, adapter: Path | None) -> None:
+    """Load an adapter into a model.
+
+    Args:
+        base: without adapters.
+        adapter: folder of the adapter; None: nothing is done.
+
+    Raises:
+        UserError: there is none, it is damaged, or it does not fit the model.
+    """
+    if adapter is not None:
+        with reported(OSError, ValueError, NotImplementedError):
+            fastlora.load_adapter(base.model, adapter)
+        base.model.eval()
 
 
 def describe(base: Base, settings: TrainSettings) -> None:
     """Print what was loaded."""
     kind = "NF4" if settings.quantize == "nf4" else "dense"
     dtype = str(base.model.dtype).removeprefix("torch.")
+    head = f", {len(base.labels)} classes" if base.labels else ""
     note(
         "model",
-        f"{base.path.name}: {base.fp32_bytes / 4e6:.4g} M weights, {kind} in {dtype}, "
-        f"{size(base.weight_bytes)} (fp32: {size(base.fp32_bytes)})",
+        f"{base.source.gguf or Path(base.source.name).name}: {base.fp32_bytes / 4e6:.4g} M weights"
+        f"{head}, {kind} in {dtype}, {size(base.weight_bytes)} (fp32: {size(base.fp32_bytes)})",
     )
 
 
-def _load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    folder, extra = _source(path)
-    file = path / "tokenizer.json"
-    if file.is_file() and not isinstance(_json_object(file).get("model"), dict):
+def _download(name: str) -> Path:
+    with (
+        console.status(f"looking {name} up on the hub"),
+        reported(OSError, ValueError, about=f"model must be there or on the hub, got {name}: "),
+    ):
+        # no pickles, and nothing out of subfolders, where other formats lie
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns="*/*"))
+
+
+def _load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    file = source.folder / "tokenizer.json"
+    if not source.gguf and file.is_file() and not isinstance(_json_object(file).get("model"), dict):
         raise UserError(f"{file} must be a tokenizer, with an object model, got none")
     # Exception itself is what tokenizers raises on any value that it does not know
-    with reported(Exception, about=f"{path} cannot be loaded: "):
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, **extra)
+    with reported(Exception, about=f"{source.name} cannot be loaded: "):
+        return AutoTokenizer.from_pretrained(source.folder, **source.arguments)
 
 
-def _load_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
-    folder, extra = _source(path)
+def _load_model(source: Source, dtype: torch.dtype, labels: Sequence[str]) -> PreTrainedModel:
+    auto: Any = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
+    arguments = {**source.arguments, "dtype": dtype, "output_loading_info": True}
+    if labels:
+        ids = dict(enumerate(labels))
+        arguments |= {"id2label": ids, "label2id": {label: i for i, label in ids.items()}}
+        # a head for other classes is made anew
+        arguments |= {"num_labels": len(labels), "ignore_mismatched_sizes": True}
+    read = partial(load_bnb_4bit, auto_class=auto) if source.nf4 else auto.from_pretrained
     # the GGUF reader draws a bar that no setting turns off
-    quiet = contextlib.redirect_stderr(io.StringIO()) if extra else contextlib.nullcontext()
-    with reported(*UNREADABLE, about=f"{path} cannot be loaded: "), quiet:
-        model, loaded = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, output_loading_info=True, **extra
-        )
-    missing = sorted(loaded["missing_keys"])
-    if missing:
-        raise UserError(
-            f"{path} must hold every weight, got none for {missing[0]} ({len(missing)} missing)"
-        )
-    if extra:
+    quiet = contextlib.redirect_stderr(io.StringIO()) if source.gguf else contextlib.nullcontext()
+    with reported(*UNREADABLE, about=f"{source.name} cannot be loaded: "), quiet:
+        model, loaded = read(source.folder, **arguments)
+    _check_complete(source, model, loaded, bool(labels))
+    if source.gguf:
         _drop_gguf_marks(model)
     return model
 
 
-def _source(path: Path) -> tuple[Path, dict[str, str]]:
-    """What from_pretrained takes for a path, checked as far as one line of error needs."""
-    if path.suffix == ".gguf" and path.is_file():
-        return path.parent, {"gguf_file": path.name}
-    config = path / "config.json"
-    if not config.is_file():
-        raise UserError(f"model must be a folder with config.json or a .gguf file, got {path}")
-    values = _json_object(config)
-    kind = values.get("model_type")
-    known = isinstance(kind, str) and kind in CONFIG_MAPPING
-    if not known or CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UserError(f"{config}: model_type must be a causal language model, got {kind!r}")
-    quantised = values.get("quantization_config")
-    if quantised is not None:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-        raise UserError(f"{config}: the model must not be quantised already, got {method!r}")
-    return path, {}
+def _check_complete(
+    source: Source, model: PreTrainedModel, loaded: dict[str, Any], labelled: bool
+) -> None:
+    """Every weight came from the files, but for the head of a new task."""
+    unfit = {key for key, *_ in loaded.get("mismatched_keys") or ()}
+    missing = sorted({*loaded["missing_keys"], *unfit})
+    if labelled:
+        body = f"{model.base_model_prefix}."
+        head = [key for key in missing if not key.startswith(body)]
+        missing = [key for key in missing if key.startswith(body)]
+        if head:
+            note("head", f"{', '.join(head)} start at random")
+    if missing:
+        raise UserError(
+            f"{source.name} must hold every weight in its shape, got none for {missing[0]} "
+            f"({len(missing)} missing)"
+        )
+
+
+def _check_quantised(source: Source, model: PreTrainedModel, settings: TrainSettings) -> None:
+    """The weights of a 4-bit checkpoint stay as they are, so the settings must be theirs."""
+    wanted = settings.blocksize, settings.double_quant
+    for layer in model.modules():
+        if not isinstance(layer, fastlora.nn.Linear4bit):
+            continue
+        got = layer.blocksize, layer.nf4.nested
+        if got != wanted:
+            raise UserError(
+                f"blocksize and double-quant must be those of {source.name}, {got[0]} and "
+                f"{got[1]}, got {wanted[0]} and {wanted[1]}"
+            )
 
 
 def _json_object(file: Path) -> dict[str, Any]:

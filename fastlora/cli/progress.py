@@ -12,7 +12,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from fastlora.cli.console import UserError, console, duration, size
+from fastlora.cli.console import UserError, console, duration, note, size
 
 Record = dict[str, Any]
 
@@ -57,10 +57,8 @@ class Bar:
         if record is None:
             self._bar.update(self._task, completed=step, total=steps)
             return
-        text = (
-            f"loss {record['loss']:.3f}  {record['tokens_per_second']:.0f} tok/s"
-            f"  {size(record['memory_bytes'])}"
-        )
+        loss = "skipped" if record["loss"] is None else f"loss {record['loss']:.3f}"
+        text = f"{loss}  {record['tokens_per_second']:.0f} tok/s  {size(record['memory_bytes'])}"
         self._bar.update(self._task, completed=step, total=steps, text=text)
         now = time.perf_counter()
         if not console.is_terminal and (now - self._printed > self.SECONDS or step == steps):
@@ -70,18 +68,25 @@ class Bar:
 
 
 class RunLog(TrainerCallback):
-    """Writes metrics.jsonl, one line per logged step, and feeds the bar.
+    """Writes metrics.jsonl, one line per logged step or evaluation, and feeds the bar.
 
     Args:
-        path: metrics.jsonl; what was there is replaced.
+        path: metrics.jsonl; what was there of later steps than the first is replaced.
         bar: shows the progress.
+        skipped: steps that were skipped so far; grows while the run goes on.
     """
 
-    def __init__(self, path: Path, bar: Bar) -> None:
+    def __init__(self, path: Path, bar: Bar, skipped: list[int]) -> None:
         self.records: list[Record] = []
         self._path = path
         self._bar = bar
+        self._skipped = skipped
         self._start = self._last = 0.0
+
+    @property
+    def steps(self) -> list[Record]:
+        """The records of steps, without evaluations."""
+        return [record for record in self.records if "loss" in record]
 
     def on_train_begin(
         self,
@@ -90,10 +95,13 @@ class RunLog(TrainerCallback):
         control: TrainerControl,
         **kwargs: object,
     ) -> None:
-        """Empty the file, start the clock."""
-        self._path.write_text("", encoding="utf-8")
-        self._start = self._last = time.perf_counter()
-        self._bar.show(0, state.max_steps, None)
+        """Go on after the records of the steps that were trained, start the clock."""
+        if state.global_step:
+            self.records = [r for r in read_metrics(self._path) if r["step"] <= state.global_step]
+        self._write("w", self.records)
+        self._last = time.perf_counter()
+        self._start = self._last - (self.steps[-1]["seconds"] if self.steps else 0.0)
+        self._bar.show(state.global_step, state.max_steps, None)
 
     def on_step_end(
         self,
@@ -119,31 +127,87 @@ class RunLog(TrainerCallback):
         if "loss" not in logs:
             return
         record = self._record(state, logs)
-        if not math.isfinite(record["loss"]):
-            raise UserError(
-                f"loss must stay finite, got {record['loss']} at step {state.global_step}; "
-                "a lower learning rate may help",
-                exit_code=1,
-            )
-        self.records.append(record)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        self.add(record)
         self._bar.show(state.global_step, state.max_steps, record)
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float],
+        **kwargs: object,
+    ) -> None:
+        """Record an evaluation; its time is not that of the next step."""
+        self.add({"step": state.global_step} | metrics)
+        note("eval", f"step {state.global_step}: " + in_words(metrics))
+        self._last = time.perf_counter()
+
+    def add(self, record: Record) -> None:
+        """Append a line to the file."""
+        self.records.append(record)
+        self._write("a", [record])
 
     def _record(self, state: TrainerState, logs: dict[str, float]) -> Record:
         now = time.perf_counter()
-        tokens = state.num_input_tokens_seen
-        new = tokens - (self.records[-1]["tokens"] if self.records else 0)
+        before = self.steps[-1] if self.steps else {"step": 0, "tokens": 0}
+        steps, tokens = state.global_step - before["step"], state.num_input_tokens_seen
+        skipped = sum(step > before["step"] for step in self._skipped)
         record = {
             "step": state.global_step,
             "epoch": round(logs["epoch"], 4),
-            "loss": logs["loss"],
+            # skipped steps went into the mean as zeros
+            "loss": logs["loss"] * steps / (steps - skipped) if steps > skipped else None,
             "lr": logs["learning_rate"],
             "grad_norm": logs.get("grad_norm"),
+            "skipped": skipped,
             "tokens": tokens,
-            "tokens_per_second": round(new / (now - self._last), 1),
+            "tokens_per_second": round((tokens - before["tokens"]) / (now - self._last), 1),
             "seconds": round(now - self._start, 3),
             "memory_bytes": peak_memory(),
         }
         self._last = now
         return record
+
+    def _write(self, mode: str, records: list[Record]) -> None:
+        with self._path.open(mode, encoding="utf-8") as file:
+            file.writelines(json.dumps(_strict(record)) + "\n" for record in records)
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """The lines of a metrics.jsonl.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Its records, without a last line that a killed process did not finish; none where there is
+        no file.
+
+    Raises:
+        UserError: another line is damaged.
+    """
+    if not path.exists():
+        return []
+    # what follows the last line break is not complete
+    *lines, _ = path.read_text("utf-8").split("\n")
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise UserError(f"{path} must have JSON on each line, got {error}") from error
+
+
+def in_words(scores: dict[str, float]) -> str:
+    """Scores for reading: loss 1.234, perplexity 3.43."""
+    shown = {name.removeprefix("eval_"): value for name, value in scores.items()}
+    return ", ".join(
+        f"{name} {value:.4g}" for name, value in shown.items() if name not in ("tokens", "examples")
+    )
+
+
+def _strict(record: Record) -> Record:
+    """Numbers that JSON does not have become null."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in record.items()
+    }

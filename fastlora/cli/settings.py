@@ -1,36 +1,55 @@
 """The settings of a training run, once: names, defaults, ranges and help."""
 
 import dataclasses
+import difflib
 import functools
 import inspect
-import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
-from fastlora.cli.console import UserError, check_text, reported
+from fastlora.cli.console import UsageError, UserError, check_text, reported, require
 from fastlora.codebooks import BLOCKSIZES
 
 Quantize = Literal["nf4", "none"]
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 Scheduler = Literal["linear", "cosine", "constant"]
+Optimizer = Literal["adamw", "adafactor", "sgd"]
 PROMPT = "{prompt}"
-SETTINGS_FILE = "settings.json"
+CHAT = "chat"
+SETTINGS_FILE = "settings.yaml"
 
-_adapter, _base, _data, _optimisation, _run = (
+_adapter, _base, _data, _optimisation, _evaluation, _run = (
     functools.partial(typer.Option, rich_help_panel=panel)
-    for panel in ("Adapter", "Base model", "Data", "Optimisation", "Run")
+    for panel in ("Adapter", "Base model", "Data", "Optimisation", "Evaluation", "Run")
 )
 _count = {"metavar": "N", "min": 1}
 _share = {"metavar": "X", "min": 0, "max": 1}
 _amount = {"metavar": "X", "min": 0}
+# what a resumed run may do otherwise than the run it goes on with
+_FREE_TO_CHANGE = {
+    *("epochs", "steps", "output", "eval_steps", "save_steps", "keep", "logging_steps"),
+    *("early_stopping", "report_to"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """One training run. Each field is an option of the command line."""
+    """One training run. Each field is an argument or option of the command line and a YAML key."""
+
+    model: Annotated[
+        str | None,
+        typer.Argument(help="A Hugging Face folder, a .gguf file, or a name on the hub."),
+    ] = None
+    data: Annotated[
+        Path | None,
+        typer.Argument(
+            help="JSONL or CSV with prompt and completion, messages, text, or text and label."
+        ),
+    ] = None
 
     rank: Annotated[int, _adapter(help="Rank of the adapters.", **_count)] = 16
     alpha: Annotated[float, _adapter(help="Updates are scaled by alpha / rank.", **_amount)] = 32
@@ -42,7 +61,9 @@ class TrainSettings:
             help="Layers to adapt: all-linear, names (q_proj,v_proj) or a regular expression.",
         ),
     ] = "all-linear"
-    rslora: Annotated[bool, _adapter("--rslora", help="Scale by alpha / sqrt(rank).")] = False
+    rslora: Annotated[
+        bool, _adapter("--rslora/--no-rslora", help="Scale by alpha / sqrt(rank).")
+    ] = False
 
     quantize: Annotated[Quantize, _base(help="How the frozen weights are kept.")] = "nf4"
     blocksize: Annotated[
@@ -61,27 +82,60 @@ class TrainSettings:
     ] = "auto"
     gradient_checkpointing: Annotated[
         bool,
-        _base("--gradient-checkpointing", help="Recompute activations: less memory, more time."),
+        _base(
+            "--gradient-checkpointing/--no-checkpointing",
+            help="Recompute activations: less memory, more time.",
+        ),
     ] = False
     chunked_loss: Annotated[
         bool,
         _base("--chunked-loss/--full-logits", help="Compute the loss without all logits at once."),
     ] = True
 
-    max_length: Annotated[
-        int, _data(metavar="N", min=2, help="Tokens per example; longer ones are cut.")
-    ] = 1024
+    fields: Annotated[
+        str | None,
+        _data(
+            metavar="NAMES",
+            help="What fields are called in the data: prompt=question,completion=answer.",
+        ),
+    ] = None
+    labels: Annotated[
+        str | None,
+        _data(
+            metavar="NAMES",
+            help="The classes, in order, for text and label: bad,good.",
+            show_default="those in the data",
+        ),
+    ] = None
     template: Annotated[
         str,
         _data(
             metavar="TEXT",
-            help=r"What a prompt becomes, before the completion; \n is a line break.",
+            help=r"What a prompt becomes, before the completion; \n is a line break. "
+            "Or chat: a turn in the model's chat template.",
         ),
     ] = r"{prompt}\n"
+    max_length: Annotated[
+        int, _data(metavar="N", min=2, help="Tokens per example; longer ones are cut.")
+    ] = 1024
+    packing: Annotated[
+        bool,
+        _data(
+            "--packing/--no-packing",
+            help="Fill rows of max-length with several examples that do not see each other.",
+        ),
+    ] = False
+    group_by_length: Annotated[
+        bool,
+        _data(
+            "--group-by-length/--no-grouping",
+            help="Batches of examples of about the same length: less padding.",
+        ),
+    ] = False
 
     epochs: Annotated[
         float | None,
-        _optimisation(help="Passes over the data.", show_default="1", **_amount),
+        _optimisation(metavar="X", help="Passes over the data.", show_default="1", min=0),
     ] = None
     steps: Annotated[
         int | None, _optimisation(help="Optimizer steps, instead of epochs.", **_count)
@@ -91,31 +145,89 @@ class TrainSettings:
     warmup: Annotated[
         float, _optimisation(help="Warmup in steps, or below 1 as a share of them.", **_amount)
     ] = 0.03
-    batch_size: Annotated[int, _optimisation(help="Examples in a batch.", **_count)] = 8
+    batch_size: Annotated[
+        int, _optimisation(help="Examples in a batch, or rows of packed ones.", **_count)
+    ] = 8
     accumulation: Annotated[int, _optimisation(help="Batches in a step.", **_count)] = 1
     clip: Annotated[
         float, _optimisation(help="Largest norm of the gradients; 0: any.", **_amount)
     ] = 1.0
-    weight_decay: Annotated[float, _optimisation(help="AdamW's decay.", **_amount)] = 0.0
+    weight_decay: Annotated[float, _optimisation(help="Decay of the weights.", **_amount)] = 0.0
+    optim: Annotated[Optimizer, _optimisation(help="The optimizer.")] = "adamw"
 
+    eval_data: Annotated[
+        Path | None, _evaluation(help="Held-out examples in a file of their own.")
+    ] = None
+    eval_share: Annotated[
+        float, _evaluation(help="Or hold out this share of the data.", **_share)
+    ] = 0.0
+    eval_examples: Annotated[
+        int | None,
+        _evaluation(help="Evaluate on at most so many.", show_default="all", **_count),
+    ] = None
+    eval_steps: Annotated[
+        int | None,
+        _evaluation(help="Evaluate every N steps.", show_default="before and after only", **_count),
+    ] = None
+    early_stopping: Annotated[
+        int | None,
+        _evaluation(
+            help="Stop after N evaluations without a better loss, and keep the best adapter.",
+            **_count,
+        ),
+    ] = None
+
+    output: Annotated[
+        Path | None, _run("--output", "-o", help="Folder for the adapter and all else.")
+    ] = None
+    save_steps: Annotated[int, _run(help="Steps between checkpoints.", **_count)] = 100
+    keep: Annotated[int, _run(help="Checkpoints to keep.", **_count)] = 2
+    logging_steps: Annotated[int, _run(help="Steps a line of metrics.jsonl.", **_count)] = 1
+    report_to: Annotated[
+        str,
+        _run(metavar="NAMES", help="Trackers that Trainer reports to, such as tensorboard,wandb."),
+    ] = "none"
     seed: Annotated[
         int, _run(metavar="N", min=0, max=2**32 - 1, help="Seed of everything random.")
     ] = 0
-    logging_steps: Annotated[int, _run(help="Steps a line of metrics.jsonl.", **_count)] = 1
 
     def __post_init__(self) -> None:
-        if self.epochs is not None and self.steps is not None:
-            raise UserError("epochs and steps must not both be given")
+        self._check_needs()
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{_option(field.name)} must be finite, got {value}")
         if self.epochs == 0:
             raise UserError("epochs must be above 0, got 0")
-        if self.template.count(PROMPT) != 1:
-            raise UserError(f"template must contain {PROMPT} exactly once, got {self.template!r}")
-        check_text(self.template, "template")
+        check_template(self.template)
         if self.blocksize not in BLOCKSIZES:
             raise UserError(f"blocksize must be one of {BLOCKSIZES}, got {self.blocksize}")
+        if self.eval_share == 1:
+            raise UserError("eval-share must be below 1, got 1")
+        if self.labels is not None and len({*self.classes}) < max(2, len(self.classes)):
+            raise UserError(f"labels must be two or more that differ, got {self.labels!r}")
+
+    def _check_needs(self) -> None:
+        """Settings that exclude or need each other."""
+        for one, other in (
+            ("epochs", "steps"),
+            ("eval_data", "eval_share"),
+            ("packing", "group_by_length"),
+        ):
+            if getattr(self, one) and getattr(self, other):
+                raise UserError(f"{_option(one)} and {_option(other)} must not both be given")
+        if self.eval_steps and not (self.eval_data or self.eval_share):
+            raise UserError("eval-steps must have eval-data or eval-share, got neither")
+        if self.early_stopping and not self.eval_steps:
+            raise UserError("early-stopping must have eval-steps, got none")
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The labels, one by one; empty for a language model."""
+        return tuple(name.strip() for name in (self.labels or "").split(",") if name.strip())
 
     def save(self, folder: Path) -> None:
-        """Write settings.json.
+        """Write settings.yaml, which `--config` reads.
 
         Args:
             folder: made with its parents where it is missing.
@@ -123,17 +235,25 @@ class TrainSettings:
         Raises:
             UserError: it cannot be made or written to.
         """
-        text = json.dumps(dataclasses.asdict(self), indent=2)
+        require("yaml")
+        import yaml
+
+        values = {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in dataclasses.asdict(self).items()
+            if value is not None
+        }
+        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
         with reported(OSError):
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / SETTINGS_FILE).write_text(text + "\n", encoding="utf-8")
+            (folder / SETTINGS_FILE).write_text(text, encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path, **given: Any) -> "TrainSettings":
-        """The settings of a finished run.
+        """The settings of an earlier run.
 
         Args:
-            folder: output of a training; without settings.json (as for an adapter from elsewhere)
+            folder: output of a training; without settings.yaml (as for an adapter from elsewhere)
                 the defaults stand.
             **given: values to use instead; None: the saved one.
 
@@ -141,64 +261,178 @@ class TrainSettings:
             The settings.
 
         Raises:
-            UserError: settings.json is not readable, or a value does not fit its field.
+            UserError: settings.yaml is not readable, or a value does not fit its field.
         """
         path = folder / SETTINGS_FILE
+        # keys that are not known are those of a later version
+        saved = read_yaml(path) if path.exists() else {}
         try:
-            saved = json.loads(path.read_text("utf-8")) if path.exists() else {}
-        except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"{path} must be readable JSON, got {error}") from error
-        if not isinstance(saved, dict):
-            raise UserError(f"{path} must hold a JSON object, got {type(saved).__name__}")
-        hints = get_type_hints(cls)
-        chosen = {name: value for name, value in saved.items() if name in hints}
-        for name, value in chosen.items():
-            _check_type(f"{path}: {name}", value, hints[name])
-        return cls(**chosen | {name: value for name, value in given.items() if value is not None})
+            settings = _parser().main([], default_map=saved, standalone_mode=False)
+        except (UsageError, UserError) as error:
+            text = error.format_message() if isinstance(error, UsageError) else str(error)
+            raise UserError(f"{path}: {text}") from error
+        return dataclasses.replace(settings, **{k: v for k, v in given.items() if v is not None})
+
+    def resumed(self, given: Mapping[str, Any]) -> "TrainSettings":
+        """These settings, of a run that goes on, with what was given anew.
+
+        Args:
+            given: field -> value.
+
+        Returns:
+            The settings.
+
+        Raises:
+            UserError: a value was given that would make it another run.
+        """
+        for name, value in given.items():
+            before = getattr(self, name)
+            if name not in _FREE_TO_CHANGE and _absolute(value) != before:
+                raise UserError(
+                    f"{_option(name)} must be that of the run to resume, {before}, got {value}"
+                )
+        # the length is one setting in two units
+        length = {"epochs": None, "steps": None} if {"epochs", "steps"} & given.keys() else {}
+        return dataclasses.replace(self, **length | dict(given)).absolute()
+
+    def absolute(self) -> "TrainSettings":
+        """The same with absolute paths, so that they can be used in another folder."""
+        values = {f.name: _absolute(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        model = self.model
+        if model is not None and Path(model).exists():
+            values["model"] = str(Path(model).absolute())
+        return dataclasses.replace(self, **values)
 
 
-def _check_type(name: str, value: Any, hint: Any) -> None:
-    """Check a value from JSON against a type, a union of types or a Literal."""
-    choices = get_args(hint) or (hint,)
-    kinds = {choice for choice in choices if isinstance(choice, type)}
-    # as for type checkers, a whole number may stand for a float; but not a bool for an int
-    if float in kinds:
-        kinds.add(int)
-    if type(value) not in kinds and not any(value == c for c in choices if c not in kinds):
-        expected = " or ".join(getattr(c, "__name__", repr(c)) for c in choices)
-        raise UserError(f"{name} must be {expected}, got {value!r}")
-
-
-def with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command one option for each field of its settings.
+def check_template(template: str) -> None:
+    """Check a template of prompts.
 
     Args:
-        command: has a parameter `settings`, annotated with a dataclass of typer options.
+        template: "chat", or text with {prompt}.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if template != CHAT and template.count(PROMPT) != 1:
+        raise UserError(f"template must be chat or contain {PROMPT} exactly once, got {template!r}")
+    check_text(template, "template")
+
+
+def read_yaml(path: Path) -> dict[str, str]:
+    """Read a YAML file as words of a command line, so that one parser converts and checks both.
+
+    Args:
+        path: a mapping. Lists become words with commas between, mappings key=value.
 
     Returns:
-        The function for typer, with the fields in the place of `settings`.
+        key -> text; keys without a value are left out.
+
+    Raises:
+        UserError: it is not readable, no YAML, or no mapping.
+    """
+    require("yaml")
+    import yaml
+
+    try:
+        # leaves every scalar as it is written: elsewhere in PyYAML 2e-4 is text and no is False
+        values = yaml.load(path.read_text("utf-8-sig"), yaml.BaseLoader)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{path} must be readable YAML, got {error}") from error
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise UserError(f"{path} must hold keys with values, got {type(values).__name__}")
+    words = {key: _word(f"{path}: {key}", value) for key, value in values.items()}
+    return {key: word for key, word in words.items() if word not in ("", "~", "null")}
+
+
+def use_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Callback of `--config`: what the command line does not give comes from the file.
+
+    Args:
+        context: of the command.
+        path: YAML with the names of settings as keys, with _ or -.
+
+    Returns:
+        The path.
+
+    Raises:
+        UserError: the file is not readable, or has a key that does not exist.
+    """
+    if path is None:
+        return None
+    names = [field.name for field in dataclasses.fields(TrainSettings)]
+    words = {}
+    for key, word in read_yaml(path).items():
+        name = key.replace("-", "_")
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 1)
+            hint = f", did you mean {near[0]}" if near else f"; there are {', '.join(names)}"
+            raise UserError(f"{path}: keys must be settings, got {key}{hint}")
+        words[name] = word
+    context.default_map = words
+    return path
+
+
+def with_settings(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command one argument or option for each setting.
+
+    Args:
+        command: has parameters `settings` (TrainSettings) and `given` (the settings that the
+            command line or the file of `--config` gave, field -> value).
+
+    Returns:
+        The function for typer, with the settings in place of the two.
     """
     hints = get_type_hints(command, include_extras=True)
-    cls = hints.pop("settings")
-    names = [field.name for field in dataclasses.fields(cls)]
     own = [
         p.replace(annotation=hints[p.name], kind=p.KEYWORD_ONLY)
         for p in inspect.signature(command).parameters.values()
-        if p.name != "settings"
+        if p.name not in ("settings", "given")
     ]
+    fields = {field.name: field for field in dataclasses.fields(TrainSettings)}
     added = [
         inspect.Parameter(
-            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hint
+            name, inspect.Parameter.KEYWORD_ONLY, default=fields[name].default, annotation=hint
         )
-        for field in dataclasses.fields(cls)
-        for hint in [get_type_hints(cls, include_extras=True)[field.name]]
+        for name, hint in get_type_hints(TrainSettings, include_extras=True).items()
     ]
+    context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
 
     @functools.wraps(command)
-    def run(**values: Any) -> None:
-        settings = cls(**{name: values.pop(name) for name in names})
-        command(**values, settings=settings)
+    def run(context: typer.Context, **values: Any) -> Any:
+        chosen = {name: values.pop(name) for name in fields}
+        given = {
+            name: value
+            for name, value in chosen.items()
+            if context.get_parameter_source(name).name in ("COMMANDLINE", "DEFAULT_MAP")
+        }
+        return command(**values, settings=TrainSettings(**chosen), given=given)
 
-    run.__signature__ = inspect.Signature(own + added)
-    run.__annotations__ = {p.name: p.annotation for p in own + added}
+    run.__signature__ = inspect.Signature([context, *own, *added])
+    run.__annotations__ = {p.name: p.annotation for p in (context, *own, *added)}
     return run
+
+
+@functools.cache
+def _parser() -> Any:
+    """A command that does nothing but to make settings of its options."""
+    app = typer.Typer(add_completion=False)
+    app.command()(with_settings(lambda settings, given: settings))
+    return typer.main.get_command(app)
+
+
+def _word(name: str, value: Any) -> str:
+    if isinstance(value, dict):
+        return ",".join(f"{key}={_word(name, inner)}" for key, inner in value.items())
+    if isinstance(value, list):
+        return ",".join(_word(name, inner) for inner in value)
+    check_text(value, name)
+    return value
+
+
+def _absolute(value: Any) -> Any:
+    return value.absolute() if isinstance(value, Path) else value
+
+
+def _option(name: str) -> str:
+    """A setting as it is written on the command line."""
+    return name.replace("_", "-")

@@ -1,39 +1,126 @@
 """`fastlora train`: fine-tune a model on a file."""
 
+import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from fastlora.cli.console import require
-from fastlora.cli.data import read
-from fastlora.cli.settings import TrainSettings, with_settings
+from fastlora.cli import data
+from fastlora.cli.console import UserError, note, require
+from fastlora.cli.settings import CHAT, TrainSettings, use_config, with_settings
 
 
 @with_settings
 def train(
-    model: Annotated[Path, typer.Argument(help="A Hugging Face folder or a .gguf file.")],
-    data: Annotated[
-        Path, typer.Argument(help="JSONL with prompt and completion, or with text, on each line.")
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the adapter.")],
     settings: TrainSettings,
+    given: dict[str, Any],
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            "-c",
+            is_eager=True,
+            callback=use_config,
+            help="YAML with any of these settings; what is given here as well wins.",
+        ),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on from the newest complete checkpoint in the output."),
+    ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Use a folder that has files.")
+        bool, typer.Option("--overwrite", help="Replace the run in the output folder.")
     ] = False,
 ) -> None:
-    """Fine-tune a model: 4-bit frozen weights, LoRA adapters, loss on the completions only."""
-    examples = read(data)
-    require("transformers", "accelerate")
+    """Fine-tune a model: 4-bit frozen weights, LoRA adapters, loss on the answers only.
+
+    The data has, on each line, prompt and completion, messages (the loss is on the assistant's
+    turns), text, or text and label (which trains a classifier). An interrupted run (Ctrl-C) ends
+    its step, writes a checkpoint and goes on with --resume.
+    """
+    if settings.output is None:
+        raise UserError("output must be given, got none: --output FOLDER, or output in the config")
+    checkpoint = _checkpoint(settings.output) if resume else None
+    if checkpoint is not None:
+        settings = TrainSettings.load(settings.output).resumed(given)
+    settings = settings.absolute()
+    for name in ("model", "data"):
+        if getattr(settings, name) is None:
+            raise UserError(f"{name} must be given, got none: as an argument, or in the config")
+    examples, held_out = _read(settings)
+    require("transformers", "accelerate", "matplotlib", "sklearn")
     # transformers takes seconds to import, so what needs it comes after the quick checks
-    from fastlora.cli import encoding, models, training
+    from fastlora.cli import encoding, models, preview, training
 
     training.refuse_many_processes()
-    config = training.lora_config(settings, model)
-    training.check_output(output, reuse=overwrite)
-    base = models.load(model, settings)
+    training.check_output(settings.output, reuse=overwrite or resume)
+    training.check_trackers(settings.report_to)
+    settings = dataclasses.replace(
+        settings, dtype=models.pick_dtype(settings.dtype), **_resolved(settings, examples)
+    )
+    adapter = training.lora_config(settings)
+    labels = settings.classes
+    source = models.find(settings.model, labelled=bool(labels))
+    training.set_seed(settings.seed)  # a new head starts at random
+    base = models.load(source, settings, labels)
     models.describe(base, settings)
-    dataset = encoding.encode(examples, base.tokenizer, settings.template, settings.max_length)
-    encoding.describe(dataset, settings.max_length)
-    result = training.train(base, dataset, settings, config, output)
-    training.summarise(result, output)
+
+    def encode(rows: data.Data) -> encoding.Dataset:
+        if labels:
+            return encoding.encode_labelled(rows, base.tokenizer, labels, settings.max_length)
+        return encoding.encode(rows, base.tokenizer, settings.template, settings.max_length)
+
+    task = training.Task(encode(examples), encode(held_out) if held_out else None)
+    encoding.describe(task.train, settings.max_length)
+    preview.show(task.train, base.tokenizer, labels)
+    result = training.train(base, task, settings, adapter, checkpoint)
+    training.summarise(result, task, settings.output)
+
+
+def _checkpoint(output: Path) -> Path:
+    """Where a run goes on."""
+    from fastlora.cli import checkpoints
+
+    newest = checkpoints.newest(output)
+    if newest is None:
+        raise UserError(f"resume must have a complete checkpoint, got none in {output}")
+    note("resumed", f"from {newest}")
+    return newest
+
+
+def _read(settings: TrainSettings) -> tuple[data.Data, data.Data | None]:
+    """The training examples, and those that are held out."""
+    fields = data.parse_fields(settings.fields) if settings.fields else None
+    examples, held_out = data.read(settings.data, fields), None
+    if settings.eval_data:
+        held_out = data.read(settings.eval_data, fields)
+        if held_out.form != examples.form:
+            raise UserError(
+                f"eval-data must be {examples.form} as the data, got {held_out.form} in "
+                f"{settings.eval_data}"
+            )
+    elif settings.eval_share:
+        examples, held_out = data.split(examples, settings.eval_share, settings.seed)
+    if held_out and settings.eval_examples:
+        held_out = dataclasses.replace(held_out, rows=held_out.rows[: settings.eval_examples])
+    return examples, held_out
+
+
+def _resolved(settings: TrainSettings, examples: data.Data) -> dict[str, str]:
+    """Settings that the data decides; they are saved with the run."""
+    if examples.form != "label":
+        if settings.labels:
+            raise UserError(f"labels must be for data with text and label, got {examples.form}")
+        return {"template": CHAT} if examples.form == "messages" else {}
+    if settings.packing:
+        raise UserError("packing must be for language models, got data with labels")
+    if settings.labels:
+        return {}
+    from fastlora.cli.encoding import label_set
+
+    labels = label_set(examples)
+    commas = [label for label in labels if "," in label]
+    if commas:
+        raise UserError(f"labels must have no commas, got {commas[0]!r}")
+    return {"labels": ",".join(labels)}

@@ -1,23 +1,62 @@
-"""How this project trains: transformers' Trainer over fastlora's layers, for every command."""
+"""How this project trains: a run from its settings to its adapter, for every command."""
 
+import dataclasses
 import os
 import re
+import shlex
+import signal
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+from rich.table import Table
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations import get_available_reporting_integrations
 
 import fastlora
-from fastlora.cli.console import UserError, duration, note, reported, size
+from fastlora.cli import checkpoints, packing
+from fastlora.cli.console import UserError, console, duration, note, reported, size
 from fastlora.cli.encoding import Collator, Dataset
+from fastlora.cli.guards import Interrupts
 from fastlora.cli.models import Base
+from fastlora.cli.plot import CURVE_FILE, save_curve
 from fastlora.cli.progress import Bar, Record, RunLog, peak_memory
 from fastlora.cli.settings import SETTINGS_FILE, TrainSettings
+from fastlora.cli.trainer import AdapterTrainer
 
 ADAPTER_FILE = "adapter_model.safetensors"
 METRICS_FILE = "metrics.jsonl"
+SAMPLE = 32  # training examples to score where none are held out
 _SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+_OPTIMIZERS = {"adamw": "adamw_torch_fused", "adafactor": "adafactor", "sgd": "sgd"}
+_OUTPUTS = (ADAPTER_FILE, "adapter_config.json", METRICS_FILE, CURVE_FILE, SETTINGS_FILE)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a run trains and is measured on.
+
+    Attributes:
+        train: encoded examples.
+        held_out: encoded examples that are not trained on; None: a sample of `train` is scored.
+    """
+
+    train: Dataset
+    held_out: Dataset | None = None
+
+    @property
+    def scored(self) -> Dataset:
+        """What is scored before and after."""
+        few = dataclasses.replace(self.train, examples=self.train.examples[:SAMPLE])
+        return self.held_out or few
+
+    @property
+    def scored_name(self) -> str:
+        """What it is called in a table."""
+        count = len(self.scored.examples)
+        return f"{count} {'held-out examples' if self.held_out else 'of the training examples'}"
 
 
 @dataclass(frozen=True)
@@ -25,14 +64,21 @@ class Result:
     """A finished run.
 
     Attributes:
-        records: the lines of metrics.jsonl.
+        records: the lines of metrics.jsonl that tell of steps.
         trainable: trained weights.
         memory_bytes: peak memory of the process.
+        before: scores of the model without adapter, from `evaluation.score`; empty where a resumed
+            run has none on record.
+        after: scores with the adapter.
+        best: step of the adapter that was kept, where it is not the last.
     """
 
     records: list[Record]
     trainable: int
     memory_bytes: int
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+    best: int | None
 
     @property
     def tokens_per_second(self) -> float:
@@ -71,15 +117,35 @@ def check_output(output: Path, reuse: bool) -> None:
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
             raise UserError(f"output must be in a folder that can be written to, got {there}")
         if not reuse and output.exists() and any(output.iterdir()):
-            raise UserError(f"output must be a new or empty folder, got {output}; or --overwrite")
+            raise UserError(
+                f"output must be a new or empty folder, got {output}; --overwrite replaces what is "
+                "in it, --resume goes on with it"
+            )
 
 
-def lora_config(settings: TrainSettings, model: Path) -> fastlora.LoraConfig:
+def check_trackers(names: str) -> None:
+    """Check that the trackers of `--report-to` are there.
+
+    Args:
+        names: with commas between.
+
+    Raises:
+        UserError: one is unknown, or its package is not installed.
+    """
+    there = get_available_reporting_integrations()
+    for name in _trackers(names):
+        if name not in ("none", "all", *there):
+            raise UserError(
+                f"report-to must name trackers that are installed ({', '.join(there) or 'none'}), "
+                f"got {name}"
+            )
+
+
+def lora_config(settings: TrainSettings) -> fastlora.LoraConfig:
     """The adapter that the settings describe.
 
     Args:
         settings: of the run.
-        model: where the base model came from, for the record.
 
     Returns:
         The configuration for `add_lora`.
@@ -98,104 +164,209 @@ def lora_config(settings: TrainSettings, model: Path) -> fastlora.LoraConfig:
             lora_dropout=settings.dropout,
             target_modules=targets,
             use_rslora=settings.rslora,
-            task_type="CAUSAL_LM",
-            base_model_name_or_path=str(model.resolve()),
+            task_type="SEQ_CLS" if settings.labels else "CAUSAL_LM",
+            base_model_name_or_path=settings.model,
         )
 
 
 def train(
     base: Base,
-    data: Dataset,
+    task: Task,
     settings: TrainSettings,
     config: fastlora.LoraConfig,
-    output: Path,
+    checkpoint: Path | None = None,
 ) -> Result:
     """Add an adapter to a model, train it, and save it.
 
     Args:
         base: a model without adapters; has one, trained and in eval mode, afterwards.
-        data: encoded examples.
-        settings: of the run.
+        task: encoded examples.
+        settings: of the run, with an output folder.
         config: of the adapter, from `lora_config`.
-        output: folder for the adapter, metrics.jsonl and settings.json.
+        checkpoint: where to go on; None: from the start, and what an earlier run left in the
+            output folder is removed.
 
     Returns:
         The account of the run.
 
     Raises:
-        UserError: the settings do not fit the model, or the loss is not finite.
+        UserError: the settings do not fit the model, the run was interrupted, or it trains nothing.
     """
     set_seed(settings.seed)
-    with reported(ValueError, NotImplementedError):
-        fastlora.add_lora(base.model, config)
-    layers = sum(isinstance(m, fastlora.nn.LoraLinear) for m in base.model.modules())
+    _add_adapter(base, settings, config)
+    if settings.packing:
+        packing.check(base.model)
+    begun = checkpoints.step_of(checkpoint) if checkpoint else 0
+    if settings.steps is not None and settings.steps < begun:
+        raise UserError(
+            f"steps must be at least those that are done, {begun}, got {settings.steps}"
+        )
+    checkpoints.clear(settings.output, after=begun if checkpoint else -1)
+    if checkpoint is None:
+        for name in _OUTPUTS:
+            (settings.output / name).unlink(missing_ok=True)
+    settings.save(settings.output)
     trainable = sum(p.numel() for p in base.model.parameters() if p.requires_grad)
-    note("adapter", f"rank {settings.rank} on {layers} layers, {trainable / 1e6:.3g} M trainable")
-    fastlora.prepare_for_training(
-        base.model,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        chunked_loss=settings.chunked_loss,
-    )
-    settings.save(output)
-    records = _run_trainer(base, data, settings, output)
-    base.model.eval()
-    fastlora.save_adapter(base.model, output)
-    return Result(records, trainable, peak_memory())
+    with Bar() as bar:
+        return _run(base, task, settings, checkpoint, bar, trainable)
 
 
-def summarise(result: Result, output: Path) -> None:
+def summarise(result: Result, task: Task, output: Path) -> None:
     """Print the account of a run."""
-    first, last = result.records[0], result.records[-1]
+    last = result.records[-1]
     steps = f"{last['step']} step{'s' if last['step'] > 1 else ''}"
-    note("loss", f"{first['loss']:.4f} → {last['loss']:.4f}")
+    losses = [r["loss"] for r in result.records if r["loss"] is not None]
+    skipped = sum(r["skipped"] for r in result.records)
+    note(
+        "loss",
+        f"{losses[0]:.4f} → {losses[-1]:.4f}" + (f", {skipped} steps skipped" if skipped else ""),
+    )
     note(
         "speed",
         f"{steps} in {duration(last['seconds'])}: {result.step_seconds:.3g} s a step, "
         f"{result.tokens_per_second:.0f} tokens/s",
     )
     note("memory", f"{size(result.memory_bytes)} at most")
-    note("saved", f"{output / ADAPTER_FILE}, {METRICS_FILE}, {SETTINGS_FILE}")
+    if result.best is not None:
+        note("best", f"the adapter of step {result.best} is kept")
+    note("saved", f"{output / ADAPTER_FILE}, {METRICS_FILE}, {CURVE_FILE}, {SETTINGS_FILE}")
+    console.print(_scores_table(result, task))
 
 
-def _run_trainer(base: Base, data: Dataset, settings: TrainSettings, output: Path) -> list[Record]:
-    pad = base.tokenizer.pad_token_id
-    with Bar() as bar:
-        log = RunLog(output / METRICS_FILE, bar)
-        trainer = Trainer(
-            model=base.model,
-            args=_arguments(settings, base.model.dtype, output),
-            train_dataset=data.examples,
-            data_collator=Collator(base.tokenizer.eos_token_id if pad is None else pad),
-            callbacks=[log],
+def _scores_table(result: Result, task: Task) -> Table:
+    table = Table(title=task.scored_name, title_justify="left", title_style="bold")
+    table.add_column("")
+    for column in ("before", "after"):
+        table.add_column(column, justify="right")
+    for name, after in result.after.items():
+        if name not in ("tokens", "examples"):
+            before = result.before.get(name)
+            table.add_row(name, "not known" if before is None else f"{before:.4f}", f"{after:.4f}")
+    return table
+
+
+def _add_adapter(base: Base, settings: TrainSettings, config: fastlora.LoraConfig) -> None:
+    with reported(ValueError, NotImplementedError):
+        fastlora.add_lora(base.model, config)
+    layers = sum(isinstance(m, fastlora.nn.LoraLinear) for m in base.model.modules())
+    trainable = sum(p.numel() for p in base.model.parameters() if p.requires_grad)
+    note("adapter", f"rank {settings.rank} on {layers} layers, {trainable / 1e6:.3g} M trainable")
+    with reported(ValueError):
+        fastlora.prepare_for_training(
+            base.model,
+            gradient_checkpointing=settings.gradient_checkpointing,
+            chunked_loss=settings.chunked_loss,
         )
-        # prints a dictionary per log
-        trainer.remove_callback(PrinterCallback)
+
+
+def _run(
+    base: Base,
+    task: Task,
+    settings: TrainSettings,
+    checkpoint: Path | None,
+    bar: Bar,
+    trainable: int,
+) -> Result:
+    interrupts = Interrupts()
+    trainer = _trainer(base, task, settings, interrupts)
+    log = RunLog(settings.output / METRICS_FILE, bar, trainer.non_finite.steps)
+    trainer.add_callback(log)
+    if checkpoint is None:
+        trainer.evaluate()
+    with interrupts.caught():
+        _train(trainer, settings, interrupts, checkpoint)
+    best = trainer.load_best() if settings.early_stopping else None
+    base.model.eval()
+    fastlora.save_adapter(base.model, settings.output)
+    before = next((r for r in log.records if r["step"] == 0), {})
+    after = trainer.evaluate()
+    title = f"{Path(base.source.name).name}, rank {settings.rank}"
+    save_curve(log.records, title, task.scored_name, settings.output / CURVE_FILE)
+    return Result(
+        records=log.steps,
+        trainable=trainable,
+        memory_bytes=peak_memory(),
+        before=_unprefixed(before),
+        after=_unprefixed(after),
+        best=best if best != trainer.state.global_step else None,
+    )
+
+
+def _train(
+    trainer: AdapterTrainer,
+    settings: TrainSettings,
+    interrupts: Interrupts,
+    checkpoint: Path | None,
+) -> None:
+    try:
         with reported(torch.OutOfMemoryError, about="the GPU must have enough memory: "):
-            trainer.train()
-    return log.records
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except KeyboardInterrupt:
+        raise _interrupted(settings, interrupts) from None
+    if interrupts.signal is not None and trainer.state.global_step < trainer.state.max_steps:
+        raise _interrupted(settings, interrupts)
 
 
-def _arguments(settings: TrainSettings, dtype: torch.dtype, output: Path) -> TrainingArguments:
+def _interrupted(settings: TrainSettings, interrupts: Interrupts) -> UserError:
+    """What is said when a signal ended a run, with the exit code that shells expect."""
+    code = 128 + (interrupts.signal or signal.SIGINT)
+    newest = checkpoints.newest(settings.output)
+    if newest is None:
+        return UserError("interrupted before the first checkpoint", exit_code=code)
+    command = shlex.join(["fastlora", "train", "--resume", "--output", str(settings.output)])
+    step = checkpoints.step_of(newest)
+    return UserError(f"interrupted, saved at step {step}; to go on: {command}", exit_code=code)
+
+
+def _trainer(
+    base: Base, task: Task, settings: TrainSettings, interrupts: Interrupts
+) -> AdapterTrainer:
+    stops: list[TrainerCallback] = []
+    if settings.early_stopping:
+        stops = [EarlyStoppingCallback(settings.early_stopping)]
+    collator = packing.PackedCollator if settings.packing else Collator
+    train = task.train.examples
+    return AdapterTrainer(
+        base=base,
+        scored=task.scored,
+        keep=settings.keep,
+        grouped=settings.group_by_length,
+        interrupts=interrupts,
+        callbacks=stops,
+        args=_arguments(settings, base.model.dtype),
+        train_dataset=packing.pack(train, settings.max_length) if settings.packing else train,
+        data_collator=collator(base.pad_id),
+    )
+
+
+def _arguments(settings: TrainSettings, dtype: torch.dtype) -> TrainingArguments:
     arguments = TrainingArguments(
-        output_dir=str(output),
+        output_dir=str(settings.output),
         num_train_epochs=1.0 if settings.epochs is None else settings.epochs,
         max_steps=settings.steps or -1,
         learning_rate=settings.lr,
         lr_scheduler_type=_SCHEDULERS[settings.scheduler],
         warmup_steps=settings.warmup,
         per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.accumulation,
         max_grad_norm=settings.clip,
         weight_decay=settings.weight_decay,
+        optim=_OPTIMIZERS[settings.optim],
         # fp16 needs the loss scaler; bf16 not even autocast: the layers mix it with fp32 adapters
         fp16=dtype == torch.float16,
         seed=settings.seed,
         logging_steps=settings.logging_steps,
         logging_nan_inf_filter=False,
-        include_num_input_tokens_seen="non_padding",
+        # with packing there is no mask, and rows are nearly full
+        include_num_input_tokens_seen="all" if settings.packing else "non_padding",
         use_cpu=not torch.cuda.is_available(),
-        report_to="none",
-        save_strategy="no",
+        report_to=_trackers(settings.report_to),
+        eval_strategy="steps" if settings.eval_steps else "no",
+        eval_steps=settings.eval_steps,
+        metric_for_best_model="loss" if settings.early_stopping else None,
+        save_strategy="steps",
+        save_steps=settings.save_steps,
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_num_workers=0,
@@ -204,3 +375,12 @@ def _arguments(settings: TrainSettings, dtype: torch.dtype, output: Path) -> Tra
     # with several GPUs in one process Trainer would copy the model to all of them (DataParallel)
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
+
+
+def _trackers(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",") if name.strip()] or ["none"]
+
+
+def _unprefixed(metrics: Mapping[str, Any]) -> dict[str, float]:
+    prefix = "eval_"
+    return {k.removeprefix(prefix): v for k, v in metrics.items() if k.startswith(prefix)}
