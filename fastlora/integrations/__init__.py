@@ -1,0 +1,1 @@
+"""Other libraries, one file each: their checkpoints, their models, their objects."""
