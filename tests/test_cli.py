@@ -1,6 +1,5 @@
 """The command line: registration, options, settings; data and training have their own files."""
 
-import json
 import subprocess
 import sys
 
@@ -10,8 +9,7 @@ import typer
 from cli_helpers import invoke, one_line
 
 from fastlora.cli import COMMANDS, app
-from fastlora.cli.console import UserError, duration, size
-from fastlora.cli.settings import TrainSettings
+from fastlora.cli.console import duration, size
 
 # --- registration ----------------------------------------------------------------------------
 
@@ -50,18 +48,37 @@ def test_commands_are_looked_up_by_name():
     [
         (["trian"], "No such command 'trian'. Did you mean 'train'?"),
         (["--wat"], "No such option: --wat"),
-        (["train"], "Missing argument"),
+        (["train"], "output must be given, got none"),
+        (["train", "-o", "out"], "model must be given, got none"),
+        (["train", "m", "-o", "out"], "data must be given, got none"),
         (["train", "m", "d", "-o", "out", "--rank", "0"], "Invalid value for '--rank'"),
         (["train", "m", "d", "-o", "out", "--lr", "-1"], "Invalid value for '--lr'"),
         (["train", "m", "d", "-o", "out", "--seed", "4294967296"], "Invalid value for '--seed'"),
         (["train", "m", "d", "-o", "out", "--quantize", "int8"], "'int8' is not one of"),
         (["train", "m", "d", "-o", "out", "--epochs", "1", "--steps", "1"], "epochs and steps"),
         (["train", "m", "d", "-o", "out", "--epochs", "0"], "epochs must be above 0"),
-        (["train", "m", "d", "-o", "out", "--template", "x"], "template must contain {prompt}"),
+        (
+            ["train", "m", "d", "-o", "out", "--template", "x"],
+            "template must be chat or contain {prompt}",
+        ),
+        (["train", "m", "d", "-o", "out", "--lr", "inf"], "lr must be finite, got inf"),
+        (["train", "m", "d", "-o", "out", "--eval-share", "1"], "eval-share must be below 1"),
+        (["train", "m", "d", "-o", "out", "--eval-steps", "1"], "eval-steps must have eval-data"),
+        (
+            ["train", "m", "d", "-o", "out", "--early-stopping", "1"],
+            "early-stopping must have eval-steps, got none",
+        ),
+        (
+            ["train", "m", "d", "-o", "out", "--packing", "--group-by-length"],
+            "packing and group-by-length must not both be given",
+        ),
+        (["train", "m", "d", "-o", "out", "--labels", "a"], "labels must be two or more"),
+        (["train", "m", "d", "-o", "out", "--labels", "a,a"], "labels must be two or more"),
+        (["train", "m", "d", "-o", "out", "--fields", "prompt"], "fields"),
         (["train", "m", "d", "-o", "out", "--blocksize", "65"], "blocksize must be one of"),
         (["train", "m", "d", "-o", "out", "--template", "{prompt}\udcff"], "template must be text"),
         (["generate", "m", "--prompt", "x\udcff"], "prompt must be text that UTF-8 can encode"),
-        (["generate", "m"], "Missing option"),
+        (["generate", "m"], "either --prompt or --prompts must be given"),
         (["generate", "m", "--prompt", "x", "--adapter", "none"], "adapter_config.json, got none"),
     ],
     ids=lambda value: ascii(" ".join(value)) if isinstance(value, list) else "",
@@ -97,53 +114,6 @@ def test_doctor_passes_here_and_fails_on_a_wrong_kernel(monkeypatch):
     forced = invoke("doctor")
     assert forced.exit_code == 1
     assert "fail: FASTLORA_BACKEND=wat cannot run" in forced.stdout
-
-
-# --- settings --------------------------------------------------------------------------------
-
-
-def test_settings_round_trip_and_override(tmp_path):
-    TrainSettings(rank=4, steps=3, template="<{prompt}>", quantize="none").save(tmp_path)
-    assert json.loads((tmp_path / "settings.json").read_text())["rank"] == 4
-    loaded = TrainSettings.load(tmp_path, quantize="nf4", dtype=None)
-    assert loaded == TrainSettings(rank=4, steps=3, template="<{prompt}>", quantize="nf4")
-    assert TrainSettings.load(tmp_path / "none") == TrainSettings()
-    (tmp_path / "settings.json").write_text("{")
-    with pytest.raises(UserError, match=r"settings\.json must be readable JSON"):
-        TrainSettings.load(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{", "must be readable JSON"),
-        ("[" * 100_000, "must be readable JSON, got maximum recursion depth"),
-        ("[]", "must hold a JSON object, got list"),
-        ('{"template": 5}', "template must be str, got 5"),
-        ('{"template": "\\ud800{prompt}"}', "template must be text that UTF-8 can encode"),
-        ('{"quantize": "int8"}', "quantize must be 'nf4' or 'none', got 'int8'"),
-        ('{"dtype": ["fp32"]}', "dtype must be 'auto' or 'fp32' or 'bf16' or 'fp16', got ['fp32']"),
-        ('{"blocksize": 64.0}', "blocksize must be int, got 64.0"),
-        ('{"blocksize": true}', "blocksize must be int, got True"),
-        ('{"blocksize": 65}', "blocksize must be one of"),
-        ('{"double_quant": 1}', "double_quant must be bool, got 1"),
-        ('{"epochs": "2"}', "epochs must be float or NoneType, got '2'"),
-        ('{"lr": null}', "lr must be float, got None"),
-    ],
-    ids=lambda text: text[:30],
-)
-def test_bad_settings_files(tmp_path, text, message):
-    (tmp_path / "adapter_config.json").write_text("{}")
-    (tmp_path / "settings.json").write_text(text)
-    result = invoke("generate", "m", "--adapter", tmp_path, "--prompt", "x")
-    assert result.exit_code == 2
-    assert message in one_line(result)
-
-
-def test_settings_files_of_other_versions_and_hands(tmp_path):
-    text = '{"later": [1], "lr": 1, "epochs": null, "steps": 3, "dtype": "bf16"}'
-    (tmp_path / "settings.json").write_text(text)
-    assert TrainSettings.load(tmp_path) == TrainSettings(lr=1.0, steps=3, dtype="bf16")
 
 
 def test_numbers_for_reading():
