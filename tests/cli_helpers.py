@@ -1,5 +1,8 @@
 """What the tests of the command line share: a tiny model folder, and how a command is run."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,22 @@ def invoke(*words: str | Path) -> Result:
     return result
 
 
-def one_line(result: Result) -> str:
+FASTLORA = Path(sys.executable).with_name("fastlora")
+
+
+def run(*words: str | Path, **extra: Any) -> subprocess.CompletedProcess:
+    """Run the installed command in a process of its own."""
+    command = [FASTLORA, *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **extra)
+
+
+def records(output: Path, of: str = "loss") -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl that tell of steps; of="eval_loss": those of evaluations."""
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if of in record]
+
+
+def one_line(result: Result | subprocess.CompletedProcess) -> str:
     """The error line of a failed command, which must be all that is on stderr."""
     assert result.stderr.startswith("fastlora: ")
     assert result.stderr.count("\n") == 1

@@ -10,7 +10,7 @@ import zipfile
 
 import pytest
 import torch
-from cli_helpers import invoke, one_line, save_tiny_model
+from cli_helpers import invoke, one_line, records, save_tiny_model
 from helpers import smollm2_gguf
 
 from fastlora.cli import demo_model, demo_run, demo_task
@@ -180,7 +180,7 @@ def test_demo_that_misses_its_goal_fails(tiny):
     report = json.loads((tiny / "report.json").read_text())
     assert report["exact_match"] == {"items": 4, "before": 0, "after": 0}
     assert len(report["wrong"]) == 4
-    assert len((tiny / "metrics.jsonl").read_text().splitlines()) == 2
+    assert len(records(tiny)) == 2
     train, test = ((tiny / f"{name}.jsonl").read_text() for name in ("train", "test"))
     assert (len(train.splitlines()), len(test.splitlines())) == (16, 4)
 

@@ -31,12 +31,13 @@ def error_line(message: str) -> None:
 
 
 @contextmanager
-def reported(*kinds: type[Exception], about: str = "") -> Iterator[None]:
+def reported(*kinds: type[Exception], about: str = "", exit_code: int = 2) -> Iterator[None]:
     """Turn errors of these kinds, raised below the command line, into a UserError.
 
     Args:
         *kinds: what may happen here through a mistake of the user.
         about: what the message begins with, where the error itself does not name the culprit.
+        exit_code: 2 for bad input, 1 for what fails later.
 
     Yields:
         Nothing.
@@ -50,7 +51,7 @@ def reported(*kinds: type[Exception], about: str = "") -> Iterator[None]:
         text = str(error) or type(error).__name__
         # the text of a KeyError is the key alone
         text = f"no {text}" if isinstance(error, KeyError) else text
-        raise UserError(about + text) from error
+        raise UserError(about + text, exit_code) from error
 
 
 def check_text(text: str, name: str) -> None:

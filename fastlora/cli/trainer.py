@@ -12,7 +12,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 import fastlora
 from fastlora.atomic import replaced_folder
 from fastlora.cli import checkpoints
-from fastlora.cli.console import UserError
+from fastlora.cli.console import UserError, reported
 from fastlora.cli.encoding import Dataset
 from fastlora.cli.evaluation import score
 from fastlora.cli.guards import Interrupts, NonFinite, SilentAdapters, silence
@@ -123,7 +123,9 @@ class AdapterTrainer(Trainer):
         target = checkpoints.folder_of(self._run_folder, self.state.global_step)
         if target.exists():  # the last step of a run is saved once
             return
-        with self._interrupts.held():
+        # full disks, and weights that are not finite
+        failures = reported(OSError, RuntimeError, ValueError, about=f"{target}: ", exit_code=1)
+        with self._interrupts.held(), failures:
             with replaced_folder(target) as folder:
                 self._save_to = folder
                 super()._save_checkpoint(model, trial)

@@ -277,7 +277,8 @@ def _run(
         _train(trainer, settings, interrupts, checkpoint)
     best = trainer.load_best() if settings.early_stopping else None
     base.model.eval()
-    fastlora.save_adapter(base.model, settings.output)
+    with reported(OSError, ValueError, exit_code=1):
+        fastlora.save_adapter(base.model, settings.output)
     before = next((r for r in log.records if r["step"] == 0), {})
     after = trainer.evaluate()
     title = f"{Path(base.source.name).name}, rank {settings.rank}"
@@ -299,7 +300,7 @@ def _train(
     checkpoint: Path | None,
 ) -> None:
     try:
-        with reported(torch.OutOfMemoryError, about="the GPU must have enough memory: "):
+        with reported(torch.OutOfMemoryError, about="the GPU must have more memory: ", exit_code=1):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except KeyboardInterrupt:
         raise _interrupted(settings, interrupts) from None
