@@ -13,10 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from fastlora.cli.console import UserError, note, reported
 from fastlora.cli.data import Chat, Data, Example, Labelled, Message, Pair, Text
-from fastlora.cli.settings import PROMPT
+from fastlora.cli.settings import CHAT, PROMPT
 
 IGNORED = -100  # torch's cross entropy skips this label
-CHAT = "chat"  # the template that is the tokenizer's own
 # input_ids and labels: one for each token, or the index of the class
 Encoded = dict[str, Any]
 
