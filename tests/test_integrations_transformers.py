@@ -263,6 +263,24 @@ def test_a_new_head_is_dense_initialised_and_reported(tmp_path):
     assert logits(model).isfinite().all()
 
 
+class FromElsewhere(transformers.LlamaForCausalLM):
+    """Not a class of transformers itself."""
+
+
+def test_models_from_elsewhere_initialise_no_4_bit_layer(tmp_path, monkeypatch):
+    """They may do it past the functions that transformers guards."""
+
+    def init(self, module):
+        for parameter in module.parameters(recurse=False):
+            parameter.data.normal_()
+
+    folder = written_by_bnb(llama(), tmp_path)
+    monkeypatch.setattr(transformers.LlamaPreTrainedModel, "_init_weights", init)
+    model, info = load(folder, FromElsewhere)
+    assert info == WHOLE
+    assert_same_bytes(model, tensors_of(folder))
+
+
 def test_a_missing_weight_is_reported(tmp_path):
     folder = written_by_bnb(bert(), tmp_path)
     path = "bert.encoder.layer.1.output.dense"
@@ -402,13 +420,15 @@ def mark(folder, quantization_config):
     file.write_text(json.dumps(config))
 
 
-def test_a_loaded_model_merges_into_a_dense_one(tmp_path):
-    model, _ = load(written_by_bnb(llama(tie_word_embeddings=True), tmp_path))
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_loaded_model_merges_into_a_dense_one(tmp_path, kind):
+    dense = MODELS[kind]()
+    model, _ = load(written_by_bnb(dense, tmp_path), auto_of(dense))
     add_lora(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
     fastlora.merge_lora(model)
     model.save_pretrained(tmp_path / "merged")
     assert "quantization_config" not in json.loads((tmp_path / "merged/config.json").read_text())
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    again = auto_of(dense).from_pretrained(tmp_path / "merged")
     same_state(again, model)
     assert torch.equal(logits(again), logits(model))
 
@@ -558,9 +578,11 @@ def test_large_models_are_saved_in_shards(tmp_path):
     assert len(bnb_of(tmp_path / "ours").state_dict()) == len(index["weight_map"])
 
 
-def test_an_adopted_model_is_saved(tmp_path):
+@pytest.mark.parametrize("loaded", ["dense", "bnb"])
+def test_an_adopted_model_is_saved(tmp_path, loaded):
     folder = written_by_bnb(llama(), tmp_path)
-    model = quantize_model(bnb_of(folder))
+    settings = {"bnb_4bit_use_double_quant": True} if loaded == "dense" else {}
+    model = quantize_model(bnb_of(tmp_path / loaded, **settings))
     quantizer = model.hf_quantizer
     save_nf4(model, tmp_path / "ours")
     assert model.hf_quantizer is quantizer
@@ -630,6 +652,24 @@ def test_layers_kept_in_fp32_are_saved_dense(tmp_path):
     assert info == WHOLE
     same_state(model, t5)
     bnb_of(tmp_path / "ours", AutoModelForSeq2SeqLM)
+
+
+def test_a_table_that_layers_share_is_written_for_each(tmp_path):
+    model = quantize_model(llama())
+    first, *others = layers_of(model).values()
+    for layer in others:
+        layer.code2 = first.code2
+    save_nf4(model, tmp_path / "ours")
+    same_state(load(tmp_path / "ours")[0], model)
+
+
+def test_shared_layers_are_refused(tmp_path):
+    """transformers leaves out a name only where the model says which."""
+    model = quantize_model(llama())
+    model.model.layers[1].mlp.up_proj = model.model.layers[0].mlp.up_proj
+    with pytest.raises(RuntimeError, match="shared tensors"):
+        save_nf4(model, tmp_path / "ours")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_an_existing_folder_is_refused(tmp_path):

@@ -148,9 +148,7 @@ def save_nf4(
     """
     root = unwrap(model)
     _check_savable(root)
-    # a shared layer has a key for each of its names, as in a state dict
-    modules = dict(root.named_modules(remove_duplicate=False))
-    layers = {path: m for path, m in modules.items() if isinstance(m, Linear4bit)}
+    layers = {path: m for path, m in root.named_modules() if isinstance(m, Linear4bit)}
     if not layers:
         raise ValueError(f"the model must have 4-bit layers, got none in {type(root).__name__}")
     skipped = _skip_modules(root, layers)
@@ -419,8 +417,8 @@ def _bnb_state(root: PreTrainedModel, layers: dict[str, Linear4bit]) -> dict[str
             if part != "bias":
                 del state[f"{path}.{part}"]
         state |= layer.nf4.state_dict(f"{path}.weight")
-    # bitsandbytes shares one table among its layers, safetensors takes none that is shared
-    return {_key(k): t.clone() if k.endswith("quant_map") else t for k, t in state.items()}
+    # adopted layers may share the table, safetensors takes no tensor twice
+    return {_key(k): t.clone() if k.endswith("nested_quant_map") else t for k, t in state.items()}
 
 
 def _quantization_config(layers: dict[str, Linear4bit], skipped: list[str]) -> dict[str, Any]:
