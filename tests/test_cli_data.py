@@ -228,9 +228,12 @@ def test_csv_counts_lines_as_an_editor_does(file):
     long = "x" * 200_000  # over the default limit of Python's reader
     text = f'\ufefftext,id\r\n"a\r\nb",1\r\n\r\n"say ""hi"", \u2028é",2\r\n{long},3\r\n'
     path = file(text, "x.csv")
-    before = csv.field_size_limit()
-    rows = read(path).rows
-    assert csv.field_size_limit() == before
+    before = csv.field_size_limit(1000)
+    try:
+        rows = read(path).rows
+        assert csv.field_size_limit() == 1000, "it is everybody's"
+    finally:
+        csv.field_size_limit(before)
     assert [(row.where, row.text) for row in rows] == [
         (f"{path}, line 2", "a\r\nb"),
         (f"{path}, line 5", 'say "hi", \u2028é'),
@@ -282,6 +285,8 @@ def test_fields_of_other_names(file):
     # what stands for another of our names does not count under its own
     swapped = file(lines({"text": "p", "label": "c"}))
     assert read(swapped, {"prompt": "text", "completion": "label"}).form == "prompt"
+    half = file(lines({"text": "p", "completion": "c"}))
+    assert read(half, {"prompt": "text"}).rows == [Pair(f"{half}, line 1", "p", "c")]
     # fields that are named decide where a row could be two things
     both = file(lines({"prompt": "p", "messages": [USER, ASSISTANT]}))
     assert "got prompt, messages" in refused(read, both)

@@ -35,6 +35,10 @@ LLAMA2 = (
     "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + ' ' + eos_token }}"
     "{% else %}{{ raise_exception('only user and assistant') }}{% endif %}{% endfor %}"
 )
+SPACED = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
 # what is in a turn: plain, and what a tokenizer may merge with what stands before or after
 CONTENTS = ["three four", " three", "\n\nthree", "three \n", "\t é 日本\n\nx", "  "]
 
@@ -66,6 +70,13 @@ def merging():
     return wrapped
 
 
+def spaced():
+    """A head that ends with a space, which tokenizers give to the word after it."""
+    tokenizer = merging()
+    tokenizer.chat_template = SPACED
+    return tokenizer
+
+
 def llama2():
     """A tokenizer in the manner of SentencePiece, which marks words by the space before them."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
@@ -93,6 +104,7 @@ MAKERS = {
     "chatml": chatml,
     "marked": lambda: chatml(MARKED),
     "merging": merging,
+    "spaced": spaced,
     "llama2": llama2,
     "smollm2": smollm2,
 }
@@ -286,7 +298,9 @@ def test_all_but_the_assistant_is_masked():
 
 def test_tags_of_the_template_decide():
     """Only what stands between them is learnt, here not the end of the turn."""
-    tokenizer = chatml(MARKED.replace(" + '<|im_end|>' }}{%- end", " }}{%- end"))
+    moved = ("+ '<|im_end|>' }}{%- endgeneration -%}", "}}{%- endgeneration -%}{{ '<|im_end|>' }}")
+    assert moved[0] in MARKED
+    tokenizer = chatml(MARKED.replace(*moved))
     (example,) = encoding.encode(chats(turns("one", "two")), tokenizer, "{prompt}", 99).examples
     assert [tokenizer.decode(ids) for _, ids in learnt(example)] == ["two"]
 
@@ -330,7 +344,12 @@ def test_the_start_of_a_text_is_written_once():
     assert first["labels"][0] == IGNORED
 
 
-REWRITES = CHATML.replace("m['content']", "(m['content'] if loop.last else m['content'].upper())")
+# as templates that leave out what the assistant thought before
+REWRITES = CHATML.replace(
+    "m['content']",
+    "(m['content'] if loop.last or m['role'] == 'user' else m['content'].upper())",
+)
+OTHER_HEAD = CHATML.replace("assistant\n'", "robot\n'")
 
 
 @pytest.mark.parametrize(
@@ -338,6 +357,7 @@ REWRITES = CHATML.replace("m['content']", "(m['content'] if loop.last else m['co
     [
         (None, turns("one", "two"), "must have a chat template, got none; use data with prompt"),
         (REWRITES, turns("one", "two", "three"), "x.jsonl, line 2, turn 2: the chat template must"),
+        (OTHER_HEAD, turns("one", "two"), "x.jsonl, line 2, turn 2: the chat template must leave"),
         (CHATML, turns("x", "one", "two")[1:], "x.jsonl, line 2, turn 1: the assistant must answ"),
         (LLAMA2, turns("one", "two", system="x"), "x.jsonl, line 2: the chat template must take"),
         (LLAMA2, turns("one", "two", system="x"), "got only user and assistant"),

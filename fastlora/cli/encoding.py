@@ -299,7 +299,8 @@ def _broken(
     for start, end in itertools.pairwise((0, *starts, len(text))):
         piece, offsets, _ = _with_offsets(text[start:end], tokenizer)
         ids += piece
-        begins += [start + offset for offset in offsets]
+        # a token of spaces alone may be counted to what follows it
+        begins += [min(start + offset, end - 1) for offset in offsets]
     return ids, begins
 
 
