@@ -292,7 +292,8 @@ def prepare_for_training(
     Args:
         model: with or without adapters.
         gradient_checkpointing: recompute activations in the backward: transformers' checkpointing,
-            non-reentrant, with inputs that ask for gradients, so that no layer stays without.
+            non-reentrant. Whether it is turned on here or was on before, of either kind: inputs
+            ask for gradients, so that no layer stays without.
         group: whether layers that read the same input (q, k, v; gate, up) compute together, found
             by their usual names (`siblings.SIBLINGS`); or tuples of names. Replaces earlier groups.
         chunked_loss: whether a causal language model of transformers computes its loss a chunk of
@@ -327,10 +328,12 @@ def prepare_for_training(
     config = getattr(root, "config", None)
     if getattr(config, "use_cache", False):
         config.use_cache = False
-    if not gradient_checkpointing:
-        return model
-    enable({"use_reentrant": False})
-    if not hasattr(root, "_require_grads_hook"):  # transformers does it for text models only
+    if gradient_checkpointing:
+        enable({"use_reentrant": False})
+    # a model may come with checkpointing on; the reentrant kind has no gradients without those of
+    # its inputs, and transformers turns these on for text models only
+    is_on = any(getattr(m, "gradient_checkpointing", False) for m in root.modules())
+    if is_on and not hasattr(root, "_require_grads_hook"):
         root.enable_input_require_grads()
     return model
 

@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from typer.testing import CliRunner, Result
 
 from fastlora.cli import app
@@ -69,5 +75,21 @@ def save_tiny_model(folder: Path, **config: Any) -> Path:
     values = dict(num_key_value_heads=2, initializer_range=0.3, **sizes) | config
     values |= dict(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
     LlamaForCausalLM(LlamaConfig(**values)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_tiny_classifier(folder: Path) -> Path:
+    """A random two-layer BERT without a head, with its tokenizer."""
+    tokenizer = tiny_tokenizer()
+    config = BertConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=64,
+    )
+    BertModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -4,12 +4,14 @@ import copy
 import io
 import pickle
 import re
+from functools import partial
 
 import pytest
 import torch
 from helpers import DEVICE, FLOOR
 from model_helpers import MODELS, Block, Tied, gpt2, llama, logits, plain, tokens
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from fastlora import backend, dequantize_nf4, plan, quantize_nf4
 from fastlora.config import LoraConfig
@@ -372,6 +374,17 @@ def test_copies_and_pickles_carry_their_adapters():
     other = add_lora(quantize_model(plain()), LoraConfig(r=4, lora_alpha=8), "a")
     other.load_state_dict(torch.load(io.BytesIO(buffer.getvalue())))
     assert torch.equal(logits(other), out)
+
+
+def test_checkpointing_that_was_on_before_leaves_no_layer_without_gradient():
+    model = llama()
+    for layer in model.model.layers:  # the reentrant kind, as older versions of transformers set it
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=True)
+    add_lora(model, LoraConfig(r=4, init_lora_weights=False))
+    prepare_for_training(model)
+    model.train()(tokens(), labels=tokens()).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("main_input", ["input_ids", "pixel_values"])

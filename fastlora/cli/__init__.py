@@ -5,6 +5,7 @@ name. The file is imported when its command is run or its help is shown; it hold
 imports what is heavy (torch, transformers) when it runs.
 """
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Any
@@ -24,7 +25,8 @@ class _LazyCommands(Mapping[str, Any]):
         if name not in COMMANDS:
             raise KeyError(name)
         single = typer.Typer(add_completion=False)
-        single.command(name)(getattr(import_module(f"fastlora.cli.{name}"), name))
+        function = getattr(import_module(f"fastlora.cli.{name}"), name)
+        single.command(name, help=_paragraphs(inspect.getdoc(function)))(function)
         return typer.main.get_command(single)
 
     def __iter__(self) -> Iterator[str]:
@@ -32,6 +34,11 @@ class _LazyCommands(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(COMMANDS)
+
+
+def _paragraphs(text: str) -> str:
+    """Without line breaks inside: typer would keep those, at any width of the terminal."""
+    return "\n\n".join(" ".join(part.split()) for part in text.split("\n\n"))
 
 
 class _Commands(TyperGroup):

@@ -1,0 +1,249 @@
+"""The course of `fastlora merge`: measure, merge, write, read again, measure, say what next."""
+
+import gc
+import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+import fastlora
+from fastlora.atomic import replaced_folder
+from fastlora.cli import encoding, models, runs
+from fastlora.cli.console import UserError, console, note, reported, size
+from fastlora.cli.data import Data
+from fastlora.cli.models import DTYPES, Base
+from fastlora.cli.settings import TrainSettings
+from fastlora.integrations.transformers import save_nf4
+
+SENTENCES = (
+    "The river had risen in the night, and by morning the lower fields were under water.",
+    "To make the dough, mix 500 g of flour with 325 ml of water, 10 g of salt and some yeast.",
+    "def mean(values):\n    return sum(values) / len(values)\n",
+    'Question: what is 17 times 23?\nAnswer: 17 * 23 = 391. {"result": 391}',
+    "Der Zug nach Hamburg fährt heute von Gleis 7, etwa zwanzig Minuten später als geplant.",
+)
+# logits of the unmerged model that are kept: 512 MiB in fp32
+_MOST_LOGITS = 2**27
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far the logits of a merged model are from those of the unmerged one.
+
+    Attributes:
+        positions: where they were compared: tokens, or texts of a classifier.
+        largest: largest absolute difference.
+        mean: mean absolute difference.
+        kl: mean Kullback-Leibler divergence of the merged from the unmerged one, in nats.
+        agreement: share of positions with the same likeliest token or class.
+    """
+
+    positions: int
+    largest: float
+    mean: float
+    kl: float
+    agreement: float
+
+
+def run(
+    settings: TrainSettings,
+    adapter: Path,
+    output: Path,
+    format: str | None,
+    data: Data | None,
+) -> None:
+    """Merge an adapter, write the model and print what came of it.
+
+    Args:
+        settings: of the run that made the adapter.
+        adapter: its folder.
+        output: new or empty folder for the merged model.
+        format: bf16, fp16, fp32 or nf4; None: the compute dtype if it has 16 bits, else bf16.
+        data: to measure on, besides the sentences; None: only those.
+
+    Raises:
+        UserError: the parts do not fit together, or a weight does not fit in the format.
+    """
+    labels = settings.classes
+    base = runs.load(settings, adapter, labels)
+    models.describe(base, settings)
+    rows = _rows(base, settings, data)
+    with console.status("measuring the unmerged model"):
+        before = [_logits(base, row) for row in rows]
+    computed = base.model.dtype
+    name = format or _default(computed)
+    with console.status("merging"):
+        _merge(base, settings, name)
+    _write(base, output, name)
+    del base
+    gc.collect()
+    # what is written, in the arithmetic of before: so that the weights alone make the difference
+    again = replace(
+        settings,
+        model=str(output),
+        quantize="nf4" if name == "nf4" else "none",
+        dtype=next(key for key, dtype in DTYPES.items() if dtype == computed),
+    )
+    merged = runs.load(again, None, labels)
+    with console.status("measuring the merged model"):
+        drift = compare(before, (_logits(merged, row) for row in rows))
+    _show(drift, name, computed, bool(labels))
+    _what_next(output, name, bool(labels))
+
+
+def compare(before: Sequence[Tensor], after: Sequence[Tensor]) -> Drift:
+    """Compare logits.
+
+    Args:
+        before: of each text, [T, V] or [1, classes].
+        after: the same of the merged model.
+
+    Returns:
+        Their differences.
+    """
+    positions = elements = same = 0
+    largest = total = divergence = 0.0
+    for p, q in zip(before, after, strict=True):
+        gap = (p - q).abs()
+        largest = max(largest, gap.max().item())
+        total += gap.double().sum().item()
+        log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+        divergence += (log_p.exp() * (log_p - log_q)).sum().item()
+        same += int((p.argmax(-1) == q.argmax(-1)).sum())
+        positions += len(p)
+        elements += p.numel()
+    return Drift(
+        positions, largest, total / elements, max(0.0, divergence / positions), same / positions
+    )
+
+
+def _rows(base: Base, settings: TrainSettings, data: Data | None) -> list[list[int]]:
+    """Token ids of the texts to measure on, as many as their logits leave room for."""
+    rows = [base.tokenizer(text, verbose=False).input_ids for text in SENTENCES]
+    if data is not None:
+        if base.labels:
+            dataset = encoding.encode_labelled(
+                data, base.tokenizer, base.labels, settings.max_length
+            )
+        else:
+            dataset = encoding.encode(data, base.tokenizer, settings.template, settings.max_length)
+        rows += [example["input_ids"] for example in dataset.examples]
+    if base.labels:
+        return rows
+    head = base.model.get_output_embeddings()
+    room = _MOST_LOGITS // head.weight.shape[0]
+    kept = []
+    for row in rows:
+        kept.append(row[:room])
+        room -= len(kept[-1])
+        if not room:
+            break
+    return kept
+
+
+@torch.inference_mode()
+def _logits(base: Base, row: list[int]) -> Tensor:
+    """Fp32 on the CPU: [T, V], or [1, classes] of a classifier."""
+    ids = torch.tensor([row], device=base.model.device)
+    with reported(torch.OutOfMemoryError, about="the GPU must have enough memory: "):
+        logits = base.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    return logits.reshape(-1, logits.shape[-1]).float().cpu()
+
+
+def _default(computed: torch.dtype) -> str:
+    return "fp16" if computed == torch.float16 else "bf16"
+
+
+def _merge(base: Base, settings: TrainSettings, format: str) -> None:
+    dtype = DTYPES[_default(base.model.dtype) if format == "nf4" else format]
+    quantised = settings.quantize == "nf4"
+    # weights that were rounded to the dtype of training would be rounded once more
+    if base.model.dtype != dtype or (format == "nf4" and not quantised):
+        base.model.float()
+    with reported(ValueError, NotImplementedError, torch.OutOfMemoryError):
+        fastlora.merge_lora(base.model, quantize=format == "nf4")
+        if format == "nf4" and not quantised:
+            fastlora.quantize_model(
+                base.model, blocksize=settings.blocksize, double_quant=settings.double_quant
+            )
+    base.model.to(dtype)
+    for name, weight in base.model.named_parameters():
+        if weight.is_floating_point() and not weight.isfinite().all():
+            raise UserError(f"every merged weight must fit in {format}, got Inf or NaN in {name}")
+
+
+def _write(base: Base, output: Path, format: str) -> None:
+    with console.status("writing"), reported(OSError, ValueError, NotImplementedError):
+        if output.is_dir():
+            output.rmdir()  # empty; it comes back whole
+        with replaced_folder(output) as folder:
+            if format == "nf4":
+                staged = save_nf4(base.model, folder / "model")
+                for file in [*staged.iterdir()]:
+                    file.rename(folder / file.name)
+                staged.rmdir()
+            else:
+                base.model.save_pretrained(folder)
+            base.tokenizer.save_pretrained(folder)
+    total = sum(file.stat().st_size for file in output.iterdir())
+    note("saved", f"{output}, {format}, {size(total)}, with tokenizer")
+
+
+def _show(drift: Drift, format: str, computed: torch.dtype, classifies: bool) -> None:
+    what, where = ("class", "texts") if classifies else ("token", "positions")
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), show_header=False)
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_row("largest difference of logits", f"{drift.largest:.3g}")
+    table.add_row("mean difference of logits", f"{drift.mean:.3g}")
+    table.add_row("mean KL divergence", f"{drift.kl:.3g} nats")
+    table.add_row(f"same likeliest {what}", f"{drift.agreement:.2%} of {drift.positions:,} {where}")
+    console.print("", table)
+    dtype = str(computed).removeprefix("torch.")
+    changed = math.ceil((1 - drift.agreement) * drift.positions - 1e-6)
+    verdict = (
+        f"chooses the same {what} as the unmerged one everywhere"
+        if not changed
+        else f"chooses another {what} than the unmerged one at {changed} of {drift.positions:,}"
+    )
+    console.print(
+        f"\nRead again from disk, the merged model {verdict}{'' if not changed else ' ' + where}; "
+        f"both computed in {dtype}.",
+        highlight=False,
+    )
+
+
+def _what_next(output: Path, format: str, classifies: bool) -> None:
+    folder = str(output.absolute())
+    if classifies:
+        _commands("Evaluate it", shlex.join(["fastlora", "eval", folder]) + " DATA")
+        return
+    if format == "nf4":
+        console.print(
+            "\nMerge to 16 bits for GGUF, as llama.cpp does not read NF4, and for logits that stay "
+            "closer: NF4 rounds what was learnt as coarsely as the rest."
+        )
+        serve = ["vllm", "serve", folder, "--quantization", "bitsandbytes"]
+    else:
+        kind = {"bf16": "bf16", "fp16": "f16", "fp32": "f32"}[format]
+        whole, small = f"{folder}.gguf", f"{folder}-Q4_K_M.gguf"
+        convert = ["python", "convert_hf_to_gguf.py", folder, "--outfile", whole]
+        _commands(
+            "To GGUF, in the folder of llama.cpp",
+            shlex.join([*convert, "--outtype", kind]),
+            shlex.join(["llama-quantize", whole, small, "Q4_K_M"]),
+        )
+        serve = ["vllm", "serve", folder]
+    _commands("To serve it with vLLM", shlex.join(serve))
+
+
+def _commands(what: str, *lines: str) -> None:
+    console.print(f"\n{what}:")
+    for line in lines:
+        # whole, so that it can be pasted
+        print(line)
