@@ -1,5 +1,6 @@
 """`fastlora merge`: put an adapter into the weights, for programs that know no adapters."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -54,7 +55,8 @@ def merge(
 
 
 def _check_output(output: Path) -> None:
-    if output.exists() and not output.is_dir():
-        raise UserError(f"output must be a new folder, got the file {output}")
-    if output.exists() and any(output.iterdir()):
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"output must be a new or empty folder, got {output}")
+    there = next(p for p in (output.absolute(), *output.absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"output must be in a folder that can be written to, got {there}")
