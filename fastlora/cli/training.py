@@ -336,6 +336,8 @@ def _trainer(
         callbacks=stops,
         args=_arguments(settings, base.model.dtype),
         train_dataset=packing.pack(train, settings.max_length) if settings.packing else train,
+        # Trainer wants one where it is to evaluate, which is done by `scored`
+        eval_dataset=task.scored.examples,
         data_collator=collator(base.pad_id),
     )
 
