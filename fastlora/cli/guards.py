@@ -32,8 +32,11 @@ class NonFinite(TrainerCallback):
         scaled: whether a loss scaler is on. It skips the step itself, and needs the gradients.
     """
 
+    steps: list[int]
+    in_a_row: int
+
     def __init__(self, scaled: bool) -> None:
-        self.steps: list[int] = []
+        self.steps = []
         self.in_a_row = 0
         self._scaled = scaled
         self._bad_loss: Tensor | bool = False  # a tensor, so that a GPU is not waited for
@@ -160,8 +163,10 @@ class Interrupts(TrainerCallback):
         signal: the first that came; None: none did.
     """
 
+    signal: int | None
+
     def __init__(self) -> None:
-        self.signal: int | None = None
+        self.signal = None
         self._held = False
 
     @contextmanager

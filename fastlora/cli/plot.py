@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from fastlora.cli.progress import Record
 
 CURVE_FILE = "loss.png"
-_BEND = 30  # points, about which a longer curve is smoothed over
+_MANY = 30  # points, beyond which a curve is smoothed as well
 
 
 def save_curve(records: Sequence[Record], title: str, scored: str, path: Path) -> None:
@@ -27,7 +27,7 @@ def save_curve(records: Sequence[Record], title: str, scored: str, path: Path) -
     scores = [(r["step"], r["eval_loss"]) for r in records if "eval_loss" in r]
     if steps:
         x, y = zip(*steps, strict=True)
-        many = len(y) > _BEND
+        many = len(y) > _MANY
         axes.plot(x, y, color="tab:blue", alpha=0.35 if many else 1, lw=1.2, label="training")
         if many:
             axes.plot(x, _smooth(y), color="tab:blue", lw=1.8, label="training, smoothed")
@@ -43,7 +43,7 @@ def save_curve(records: Sequence[Record], title: str, scored: str, path: Path) -
 
 def _smooth(values: Sequence[float]) -> list[float]:
     """Exponential mean, without the pull of its start (Kingma and Ba 2014, arXiv:1412.6980)."""
-    keep = 1 - 2 / _BEND
+    keep = 1 - 20 / len(values)  # over about a twentieth of the curve
     total, smooth = 0.0, []
     for count, value in enumerate(values, 1):
         total = keep * total + (1 - keep) * value
