@@ -8,8 +8,9 @@ import torch
 from cli_helpers import CORPUS, invoke, one_line, run, save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
-from fastlora import causal_lm
-from fastlora.cli import encoding, evaluation, runs
+import fastlora
+from fastlora import LoraConfig, causal_lm
+from fastlora.cli import encoding, evaluation, generation, runs
 from fastlora.cli.data import read
 from fastlora.cli.evaluation import Classified
 from fastlora.cli.settings import TrainSettings
@@ -120,6 +121,9 @@ def test_loss_is_the_mean_over_all_labelled_tokens(batch_size, model, pairs):
 def test_scoring_changes_nothing_and_makes_no_logits(model, pairs, monkeypatch):
     base = loaded(model)
     dataset = encoding.encode(read(pairs), base.tokenizer, r"{prompt}\n", 64)
+    config = LoraConfig(r=4, lora_dropout=0.5, init_lora_weights=False)
+    fastlora.add_lora(base.model, config)
+    expected = evaluation.score(base, dataset, 3)
     losses, loss = [], causal_lm._loss
     monkeypatch.setattr(
         causal_lm, "_loss", lambda *args, **kw: losses.append(kw["logits"]) or loss(*args, **kw)
@@ -129,7 +133,7 @@ def test_scoring_changes_nothing_and_makes_no_logits(model, pairs, monkeypatch):
     modes = [module.training for module in base.model.modules()]
     before = torch.get_rng_state()
     done = []
-    evaluation.score(base, dataset, 3, done.append)
+    assert evaluation.score(base, dataset, 3, done.append) == expected
     assert done == [3, 1]
     assert torch.equal(before, torch.get_rng_state())
     assert [module.training for module in base.model.modules()] == modes
@@ -237,11 +241,15 @@ def test_plain_texts(model, tmp_path):
     assert "exact" not in table
 
 
-def test_right_answers_are_right_to_the_letter_but_for_space_around(adapter, tmp_path):
+def test_right_answers_are_right_to_the_letter_but_for_space_around(adapter, tmp_path, monkeypatch):
     rows = [("one", " two three\n"), ("four", "five  six"), ("seven", "Eight nine ten done")]
     rows = [{"prompt": p, "completion": c} for p, c in rows]
     figures = report(write(tmp_path / "x.jsonl", rows), "--adapter", adapter)
     assert figures["exact_match"] == pytest.approx(1 / 3)
+    answers = [" two three ", "five  six\n", "eight nine ten done"]
+    monkeypatch.setattr(generation, "complete", lambda *args: answers)
+    figures = report(tmp_path / "x.jsonl", "--adapter", adapter)
+    assert figures["exact_match"] == pytest.approx(2 / 3)
 
 
 def test_long_completions_are_not_answered_unless_asked_for(model, pairs, tmp_path):

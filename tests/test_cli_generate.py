@@ -209,23 +209,25 @@ def test_what_is_drawn(model):
 
 
 def test_an_interruption_keeps_what_was_answered(adapter, tmp_path, monkeypatch):
-    texts = []
+    texts, written = [], []
+    output = tmp_path / "x.jsonl"
 
     class Interrupted(TextStreamer):
         def on_finalized_text(self, text, stream_end=False):
             super().on_finalized_text(text, stream_end)
             texts.append(text)
             if "".join(texts).startswith("two threefive"):
+                written.extend(rows_of(output))
                 signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(generation, "TextStreamer", Interrupted)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("one\nfour\nseven\n")
-    output = tmp_path / "x.jsonl"
     result = invoke("generate", "--adapter", adapter, "--prompts", prompts, "-o", output)
     assert result.exit_code == 130
     assert result.stderr.count("\n") <= 1
-    assert rows_of(output) == [{"prompt": "one", "completion": "two three"}]
+    # and is there before the next answer begins, should the process die in it
+    assert written == rows_of(output) == [{"prompt": "one", "completion": "two three"}]
     assert result.stdout.startswith("one\ntwo three\nfour\nfive")
     assert result.stdout.endswith("\n")
 

@@ -229,9 +229,9 @@ def test_drift_of_known_logits():
     assert drift.kl == pytest.approx(kl)
     assert (drift.positions, drift.largest) == (3, 3)
     assert drift.mean == pytest.approx(3.5 / 6)
-    assert drift.agreement == pytest.approx(2 / 3)
+    assert drift.same == 2
     same = merging.compare(before, before)
-    assert (same.largest, same.kl, same.agreement) == (0, 0, 1)
+    assert (same.largest, same.kl, same.same) == (0, 0, 3)
 
 
 def test_what_is_said_is_measured_on_what_was_written(adapter, tmp_path, monkeypatch):

@@ -1,7 +1,6 @@
 """The course of `fastlora merge`: measure, merge, write, read again, measure, say what next."""
 
 import gc
-import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -40,14 +39,14 @@ class Drift:
         largest: largest absolute difference.
         mean: mean absolute difference.
         kl: mean Kullback-Leibler divergence of the merged from the unmerged one, in nats.
-        agreement: share of positions with the same likeliest token or class.
+        same: positions with the same likeliest token or class.
     """
 
     positions: int
     largest: float
     mean: float
     kl: float
-    agreement: float
+    same: int
 
 
 def run(
@@ -92,7 +91,7 @@ def run(
     merged = runs.load(again, None, labels)
     with console.status("measuring the merged model"):
         drift = compare(before, (_logits(merged, row) for row in rows))
-    _show(drift, name, computed, bool(labels))
+    _show(drift, computed, bool(labels))
     _what_next(output, name, bool(labels))
 
 
@@ -117,9 +116,8 @@ def compare(before: Sequence[Tensor], after: Sequence[Tensor]) -> Drift:
         same += int((p.argmax(-1) == q.argmax(-1)).sum())
         positions += len(p)
         elements += p.numel()
-    return Drift(
-        positions, largest, total / elements, max(0.0, divergence / positions), same / positions
-    )
+    # rounding must not make a divergence of nothing negative
+    return Drift(positions, largest, total / elements, max(0.0, divergence / positions), same)
 
 
 def _rows(base: Base, settings: TrainSettings, data: Data | None) -> list[list[int]]:
@@ -194,7 +192,7 @@ def _write(base: Base, output: Path, format: str) -> None:
     note("saved", f"{output}, {format}, {size(total)}, with tokenizer")
 
 
-def _show(drift: Drift, format: str, computed: torch.dtype, classifies: bool) -> None:
+def _show(drift: Drift, computed: torch.dtype, classifies: bool) -> None:
     what, where = ("class", "texts") if classifies else ("token", "positions")
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), show_header=False)
     table.add_column(style="cyan", no_wrap=True)
@@ -202,19 +200,18 @@ def _show(drift: Drift, format: str, computed: torch.dtype, classifies: bool) ->
     table.add_row("largest difference of logits", f"{drift.largest:.3g}")
     table.add_row("mean difference of logits", f"{drift.mean:.3g}")
     table.add_row("mean KL divergence", f"{drift.kl:.3g} nats")
-    table.add_row(f"same likeliest {what}", f"{drift.agreement:.2%} of {drift.positions:,} {where}")
+    share = drift.same / drift.positions
+    table.add_row(f"same likeliest {what}", f"{share:.2%} of {drift.positions:,} {where}")
     console.print("", table)
+    others = drift.positions - drift.same
+    verdict = f"the same {what} as the unmerged one everywhere"
+    if others:
+        verdict = (
+            f"another {what} than the unmerged one at {others:,} of {drift.positions:,} {where}"
+        )
     dtype = str(computed).removeprefix("torch.")
-    changed = math.ceil((1 - drift.agreement) * drift.positions - 1e-6)
-    verdict = (
-        f"chooses the same {what} as the unmerged one everywhere"
-        if not changed
-        else f"chooses another {what} than the unmerged one at {changed} of {drift.positions:,}"
-    )
     console.print(
-        f"\nRead again from disk, the merged model {verdict}{'' if not changed else ' ' + where}; "
-        f"both computed in {dtype}.",
-        highlight=False,
+        f"\nRead again from disk, the merged model chooses {verdict}; both computed in {dtype}."
     )
 
 
