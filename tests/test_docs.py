@@ -57,7 +57,11 @@ def test_python_blocks_run_in_order():
             exec(compile(source, "README.md", "exec"), namespace)
 
 
-def test_fastlora_commands_parse():
+def test_fastlora_commands_parse(tmp_path, monkeypatch):
+    """With the config that is shown, as the file that a command names."""
+    monkeypatch.chdir(tmp_path)
+    (config,) = blocks("yaml")
+    (tmp_path / "run.yaml").write_text(config)
     found = commands("fastlora")
     assert {words[0] for words in found} == set(cli.COMMANDS), "README shows every command"
     group = typer.main.get_command(cli.app)

@@ -52,6 +52,10 @@ class Bar:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
+    def say(self, text: str) -> None:
+        """Show what is done while no step is."""
+        self._bar.update(self._task, text=text)
+
     def show(self, step: int, steps: int, record: Record | None) -> None:
         """Show a step, with the figures of `record` when there are new ones."""
         if record is None:

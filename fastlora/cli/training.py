@@ -271,7 +271,9 @@ def _run(
     trainer = _trainer(base, task, settings, interrupts)
     log = RunLog(settings.output / METRICS_FILE, bar, trainer.non_finite.steps)
     trainer.add_callback(log)
+    scoring = f"scoring {task.scored_name}"
     if checkpoint is None:
+        bar.say(scoring)
         trainer.evaluate()
     with interrupts.caught():
         _train(trainer, settings, interrupts, checkpoint)
@@ -280,6 +282,7 @@ def _run(
     with reported(OSError, ValueError, exit_code=1):
         fastlora.save_adapter(base.model, settings.output)
     before = next((r for r in log.records if r["step"] == 0), {})
+    bar.say(scoring)
     after = trainer.evaluate()
     title = f"{Path(base.source.name).name}, rank {settings.rank}"
     save_curve(log.records, title, task.scored_name, settings.output / CURVE_FILE)
