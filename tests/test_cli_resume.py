@@ -257,6 +257,19 @@ def test_a_run_may_be_made_longer(copied):
     assert "steps must be at least those that are done, 15, got 3" in one_line(shorter)
 
 
+def test_early_stopping_counts_on_and_the_best_adapter_is_kept(model, data, tmp_path):
+    """Without a learning rate nothing gets better than the first evaluation."""
+    words = ("--eval-share", "0.3", "--eval-steps", "2", "--early-stopping", "3")
+    words += ("--save-steps", "2", "--keep", "9", "--steps", "40", *OPTIONS, "--lr", "0")
+    assert invoke("train", model, data, "-o", tmp_path, *words).exit_code == 0
+    assert [r["step"] for r in records(tmp_path, "eval_loss")] == [0, 2, 4, 6, 8, 8]
+    checkpoints.clear(tmp_path, after=6)
+    result = invoke("train", "--resume", "-o", tmp_path)
+    assert result.exit_code == 0, result.stderr
+    assert [r["step"] for r in records(tmp_path)] == [*range(1, 9)]
+    assert "the adapter of step 2 is kept" in result.stdout
+
+
 def test_what_cannot_be_resumed_is_refused(copied, model, tmp_path):
     nothing = invoke("train", "--resume", "-o", tmp_path / "none")
     assert nothing.exit_code == 2

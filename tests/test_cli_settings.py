@@ -162,6 +162,8 @@ def test_paths_become_absolute_and_hub_names_do_not(tmp_path, monkeypatch):
     run = TrainSettings(model="tiny", data=settings.Path("d"), output=settings.Path("o"))
     assert run.absolute().model == str(tmp_path / "tiny")
     assert run.absolute().data == tmp_path / "d"
+    # so that a run goes on from where it was begun, by the same words
+    assert run.absolute().resumed({"model": "tiny", "data": settings.Path("d")}) == run.absolute()
     assert TrainSettings(model="org/name").absolute().model == "org/name"
 
 

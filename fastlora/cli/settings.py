@@ -32,7 +32,7 @@ _amount = {"metavar": "X", "min": 0}
 # what a resumed run may do otherwise than the run it goes on with
 _FREE_TO_CHANGE = {
     *("epochs", "steps", "output", "eval_steps", "save_steps", "keep", "logging_steps"),
-    *("early_stopping", "report_to"),
+    "report_to",
 }
 
 
@@ -285,15 +285,16 @@ class TrainSettings:
         Raises:
             UserError: a value was given that would make it another run.
         """
-        for name, value in given.items():
-            before = getattr(self, name)
-            if name not in _FREE_TO_CHANGE and _absolute(value) != before:
-                raise UserError(
-                    f"{_option(name)} must be that of the run to resume, {before}, got {value}"
-                )
         # the length is one setting in two units
         length = {"epochs": None, "steps": None} if {"epochs", "steps"} & given.keys() else {}
-        return dataclasses.replace(self, **length | dict(given)).absolute()
+        wanted = dataclasses.replace(self, **length | dict(given)).absolute()
+        for name in given.keys() - _FREE_TO_CHANGE:
+            before, now = getattr(self, name), getattr(wanted, name)
+            if now != before:
+                raise UserError(
+                    f"{_option(name)} must be that of the run to resume, {before}, got {now}"
+                )
+        return wanted
 
     def absolute(self) -> "TrainSettings":
         """The same with absolute paths, so that they can be used in another folder."""

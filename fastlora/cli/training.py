@@ -282,8 +282,10 @@ def _run(
     with reported(OSError, ValueError, exit_code=1):
         fastlora.save_adapter(base.model, settings.output)
     before = next((r for r in log.records if r["step"] == 0), {})
-    bar.say(scoring)
-    after = trainer.evaluate()
+    after = log.records[-1]
+    if "eval_loss" not in after or best not in (None, trainer.state.global_step):
+        bar.say(scoring)
+        after = trainer.evaluate()
     title = f"{Path(base.source.name).name}, rank {settings.rank}"
     save_curve(log.records, title, task.scored_name, settings.output / CURVE_FILE)
     return Result(
@@ -371,6 +373,8 @@ def _arguments(settings: TrainSettings, dtype: torch.dtype) -> TrainingArguments
         eval_strategy="steps" if settings.eval_steps else "no",
         eval_steps=settings.eval_steps,
         metric_for_best_model="loss" if settings.early_stopping else None,
+        # early stopping counts on where it was
+        restore_callback_states_from_checkpoint=True,
         save_strategy="steps",
         save_steps=settings.save_steps,
         disable_tqdm=True,
