@@ -2,7 +2,7 @@
 
 import gc
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,6 +28,8 @@ SENTENCES = (
 )
 # logits of the unmerged model that are kept: 512 MiB in fp32
 _MOST_LOGITS = 2**27
+# share of what the adapter does, from which on a drift is warned of
+_LOST = 0.5
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ def run(
     rows = _rows(base, settings, data)
     with console.status("measuring the unmerged model"):
         before = [_logits(base, row) for row in rows]
+        with fastlora.disable_adapters(base.model):
+            untrained = compare(before, (_logits(base, row) for row in rows))
     computed = base.model.dtype
     name = format or _default(computed)
     with console.status("merging"):
@@ -91,11 +95,11 @@ def run(
     merged = runs.load(again, None, labels)
     with console.status("measuring the merged model"):
         drift = compare(before, (_logits(merged, row) for row in rows))
-    _show(drift, computed, bool(labels))
+    _show(drift, untrained, name, computed, bool(labels))
     _what_next(output, name, bool(labels))
 
 
-def compare(before: Sequence[Tensor], after: Sequence[Tensor]) -> Drift:
+def compare(before: Iterable[Tensor], after: Iterable[Tensor]) -> Drift:
     """Compare logits.
 
     Args:
@@ -176,6 +180,10 @@ def _merge(base: Base, settings: TrainSettings, format: str) -> None:
 
 
 def _write(base: Base, output: Path, format: str) -> None:
+    # how it was loaded is nothing of the model: the reader of GGUF and of tokenizers leave it there
+    vars(base.model.config).pop("_model_name_or_path", None)
+    for name in ("is_local", "local_files_only"):
+        base.tokenizer.init_kwargs.pop(name, None)
     with console.status("writing"), reported(OSError, ValueError, NotImplementedError):
         if output.is_dir():
             output.rmdir()  # empty; it comes back whole
@@ -192,16 +200,20 @@ def _write(base: Base, output: Path, format: str) -> None:
     note("saved", f"{output}, {format}, {size(total)}, with tokenizer")
 
 
-def _show(drift: Drift, computed: torch.dtype, classifies: bool) -> None:
+def _show(
+    drift: Drift, untrained: Drift, format: str, computed: torch.dtype, classifies: bool
+) -> None:
+    """The drift beside what the adapter is worth: as far off is a merge that has lost it."""
     what, where = ("class", "texts") if classifies else ("token", "positions")
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), show_header=False)
-    table.add_column(style="cyan", no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_row("largest difference of logits", f"{drift.largest:.3g}")
-    table.add_row("mean difference of logits", f"{drift.mean:.3g}")
-    table.add_row("mean KL divergence", f"{drift.kl:.3g} nats")
-    share = drift.same / drift.positions
-    table.add_row(f"same likeliest {what}", f"{share:.2%} of {drift.positions:,} {where}")
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold cyan")
+    table.add_column("from the unmerged model", style="cyan", no_wrap=True)
+    for head in ("merged", "without adapter"):
+        table.add_column(head, justify="right", no_wrap=True)
+    both = drift, untrained
+    table.add_row("largest difference of logits", *(f"{d.largest:.3g}" for d in both))
+    table.add_row("mean difference of logits", *(f"{d.mean:.3g}" for d in both))
+    table.add_row("mean KL divergence, nats", *(f"{d.kl:.3g}" for d in both))
+    table.add_row(f"same likeliest {what}", *(f"{d.same / d.positions:.2%}" for d in both))
     console.print("", table)
     others = drift.positions - drift.same
     verdict = f"the same {what} as the unmerged one everywhere"
@@ -213,6 +225,14 @@ def _show(drift: Drift, computed: torch.dtype, classifies: bool) -> None:
     console.print(
         f"\nRead again from disk, the merged model chooses {verdict}; both computed in {dtype}."
     )
+    # in 16 bits that is seen only of an adapter that does next to nothing
+    if format == "nf4" and drift.kl > untrained.kl * _LOST > 0:
+        console.print(
+            "\nMuch of what was trained is lost: by KL divergence the merged model is "
+            f"{drift.kl / untrained.kl:.0%} as far off as the one without adapter. NF4's steps can "
+            "be wider than what an adapter changes; merge to 16 bits to keep it.",
+            style="yellow",
+        )
 
 
 def _what_next(output: Path, format: str, classifies: bool) -> None:
@@ -221,10 +241,7 @@ def _what_next(output: Path, format: str, classifies: bool) -> None:
         _commands("Evaluate it", shlex.join(["fastlora", "eval", folder]) + " DATA")
         return
     if format == "nf4":
-        console.print(
-            "\nMerge to 16 bits for GGUF, as llama.cpp does not read NF4, and for logits that stay "
-            "closer: NF4 rounds what was learnt as coarsely as the rest."
-        )
+        console.print("\nFor GGUF, merge to 16 bits: llama.cpp does not read NF4.")
         serve = ["vllm", "serve", folder, "--quantization", "bitsandbytes"]
     else:
         kind = {"bf16": "bf16", "fp16": "f16", "fp32": "f32"}[format]
