@@ -151,6 +151,8 @@ def test_a_template_without_a_token_for_the_end_of_a_turn(base):
     base.tokenizer.chat_template = CHAT.replace("<end>", "").replace("<turn>", "")
     assert generation._end_of_turn(base) is None
     assert generation._stops(base, "chat", "one") == [base.tokenizer.eos_token_id]
+    base.tokenizer.chat_template = "{{ raise_exception('no') }}"
+    assert generation._end_of_turn(base) is None
 
 
 # --- choice of tokens ------------------------------------------------------------------------

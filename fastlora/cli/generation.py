@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import GenerationConfig, TextStreamer
 
@@ -201,7 +202,10 @@ def _end_of_turn(base: Base) -> int | None:
     In many a base model it is another one than the end of a text.
     """
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
-    text = base.tokenizer.apply_chat_template(turns, tokenize=False)
+    try:
+        text = base.tokenizer.apply_chat_template(turns, tokenize=False)
+    except TemplateError:  # it takes the conversation that is asked about, but not this one
+        return None
     _, _, end = text.rpartition(_ANSWER)
     ids = base.tokenizer(end.strip(), add_special_tokens=False).input_ids
     special = {*base.tokenizer.all_special_ids, *base.tokenizer.added_tokens_decoder}
