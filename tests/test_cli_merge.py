@@ -321,7 +321,7 @@ def test_what_is_missing_or_does_not_fit(adapter, data, tmp_path):
         (ours, "Missing option '--output'"),
         (("m", "-o", out), "Missing option '--adapter'"),
         ((*ours, "-o", full), "output must be a new or empty folder, got"),
-        ((*ours, "-o", file), "output must be a new or empty folder, got"),
+        ((*ours, "-o", file), "output must be in a folder that can be written to"),
         (("--adapter", "none", "-o", out), "adapter must be a folder with adapter_config.json"),
         (("none", *ours, "-o", out), "model must be a folder with config.json"),
         ((*ours, "-o", out, "--format", "int8"), "'int8' is not one of"),

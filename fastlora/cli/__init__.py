@@ -55,6 +55,8 @@ class _Commands(TyperGroup):
         extra["standalone_mode"] = False
         try:
             code = super().main(args, **extra) or 0
+            if code == 130:  # some versions of typer turn Ctrl-C into this code themselves
+                error_line("interrupted")
         except (KeyboardInterrupt, typer.Abort):
             error_line("interrupted")
             code = 130

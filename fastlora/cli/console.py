@@ -2,9 +2,11 @@
 
 import importlib.util
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import typer
 from rich.console import Console
@@ -71,6 +73,25 @@ def check_text(text: str, name: str) -> None:
             f"{name} must be text that UTF-8 can encode, "
             f"got {text[error.start]!r} at character {error.start + 1}"
         ) from error
+
+
+def check_output(output: Path, reuse: bool = False, hint: str = "") -> None:
+    """Check that a folder may be written; it is made when there is something to write.
+
+    Args:
+        output: may be missing, with its parents.
+        reuse: take a folder that has files.
+        hint: what to do about a folder with files, for the message.
+
+    Raises:
+        UserError: it has files and may not be reused, or it cannot be made or written to.
+    """
+    with reported(OSError):
+        there = next(p for p in (output.absolute(), *output.absolute().parents) if p.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise UserError(f"output must be in a folder that can be written to, got {there}")
+        if not reuse and output.exists() and any(output.iterdir()):
+            raise UserError(f"output must be a new or empty folder, got {output}{hint}")
 
 
 def require(*modules: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from rich.text import Text
 
 from fastlora.cli import demo_model, demo_task, encoding, models, preview, training
-from fastlora.cli.console import UserError, console, duration, note
+from fastlora.cli.console import UserError, check_output, console, duration, note
 from fastlora.cli.data import Data, Pair, write_jsonl
 from fastlora.cli.generation import complete_lines
 from fastlora.cli.models import Base
@@ -63,9 +63,7 @@ def run(output: Path, steps: int, test_items: int, seed: int) -> None:
     start = time.perf_counter()
     training.refuse_many_processes()
     # the folder of an earlier demo may be used again
-    training.check_output(
-        output, reuse=all((output / name).exists() for name in (SETTINGS_FILE, TEST_FILE))
-    )
+    check_output(output, reuse=all((output / name).exists() for name in (SETTINGS_FILE, TEST_FILE)))
     model = demo_model.fetch_model()
     settings = TrainSettings(
         model=str(model),

@@ -1,13 +1,12 @@
 """`fastlora merge`: put an adapter into the weights, for programs that know no adapters."""
 
-import os
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from fastlora.cli import runs
-from fastlora.cli.console import UserError, require
+from fastlora.cli.console import check_output, require
 from fastlora.cli.data import parse_fields, read
 
 Format = Literal["bf16", "fp16", "fp32", "nf4"]
@@ -41,7 +40,7 @@ def merge(
     The model is loaded as in training, the weights are summed in fp32 and rounded once. What is
     written is read again, and its logits are compared with those of the unmerged model.
     """
-    _check_output(output)
+    check_output(output)
     settings = runs.settings_of(
         model, adapter, template=template, fields=fields, quantize=quantize, dtype=dtype
     )
@@ -52,11 +51,3 @@ def merge(
     from fastlora.cli import merging
 
     merging.run(settings, adapter, output, format, data)
-
-
-def _check_output(output: Path) -> None:
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"output must be a new or empty folder, got {output}")
-    there = next(p for p in (output.absolute(), *output.absolute().parents) if p.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"output must be in a folder that can be written to, got {there}")

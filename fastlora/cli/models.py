@@ -87,6 +87,7 @@ class Base:
         model: on the device it runs on, in eval mode.
         tokenizer: its tokenizer.
         labels: the classes of a sequence classifier; empty for a language model.
+        fresh: names of the weights that no file had: a new head's, which are random.
         fp32_bytes: what all its weights take in fp32.
         weight_bytes: what they take now.
     """
@@ -95,6 +96,7 @@ class Base:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     labels: tuple[str, ...]
+    fresh: tuple[str, ...]
     fp32_bytes: int
     weight_bytes: int
 
@@ -195,7 +197,7 @@ def load(source: Source, settings: TrainSettings, labels: Sequence[str] = ()) ->
     transformers.logging.disable_progress_bar()
     with console.status("loading the model"):
         tokenizer = _load_tokenizer(source)
-        model = _load_model(source, dtype, labels)
+        model, fresh = _load_model(source, dtype, labels)
         if labels and model.config.pad_token_id is None:
             # a decoder finds the last token of a sequence by its padding
             model.config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id
@@ -210,7 +212,7 @@ def load(source: Source, settings: TrainSettings, labels: Sequence[str] = ()) ->
                 )
         model.to(device()).eval()
     weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    return Base(source, model, tokenizer, tuple(labels), fp32_bytes, weight_bytes)
+    return Base(source, model, tokenizer, tuple(labels), fresh, fp32_bytes, weight_bytes)
 
 
 def add_adapter(base: Base, adapter: Path | None) -> None:
@@ -259,7 +261,10 @@ def _load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(source.folder, **source.arguments)
 
 
-def _load_model(source: Source, dtype: torch.dtype, labels: Sequence[str]) -> PreTrainedModel:
+def _load_model(
+    source: Source, dtype: torch.dtype, labels: Sequence[str]
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """The model, and the names of its weights that no file had."""
     auto: Any = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
     arguments = {**source.arguments, "dtype": dtype, "output_loading_info": True}
     if labels:
@@ -272,29 +277,26 @@ def _load_model(source: Source, dtype: torch.dtype, labels: Sequence[str]) -> Pr
     quiet = contextlib.redirect_stderr(io.StringIO()) if source.gguf else contextlib.nullcontext()
     with reported(*UNREADABLE, about=f"{source.name} cannot be loaded: "), quiet:
         model, loaded = read(source.folder, **arguments)
-    _check_complete(source, model, loaded, bool(labels))
+    fresh = _missing(source, model, loaded, bool(labels))
     if source.gguf:
         _drop_gguf_marks(model)
-    return model
+    return model, fresh
 
 
-def _check_complete(
+def _missing(
     source: Source, model: PreTrainedModel, loaded: dict[str, Any], labelled: bool
-) -> None:
-    """Every weight came from the files, but for the head of a new task."""
+) -> tuple[str, ...]:
+    """What did not come from the files, which only the head of a new task may do."""
     unfit = {key for key, *_ in loaded.get("mismatched_keys") or ()}
     missing = sorted({*loaded["missing_keys"], *unfit})
-    if labelled:
-        body = f"{model.base_model_prefix}."
-        head = [key for key in missing if not key.startswith(body)]
-        missing = [key for key in missing if key.startswith(body)]
-        if head:
-            note("head", f"{', '.join(head)} start at random")
-    if missing:
+    body = f"{model.base_model_prefix}." if labelled else ""
+    needed = [key for key in missing if key.startswith(body)]
+    if needed:
         raise UserError(
-            f"{source.name} must hold every weight in its shape, got none for {missing[0]} "
-            f"({len(missing)} missing)"
+            f"{source.name} must hold every weight in its shape, got none for {needed[0]} "
+            f"({len(needed)} missing)"
         )
+    return tuple(missing)
 
 
 def _check_quantised(source: Source, model: PreTrainedModel, settings: TrainSettings) -> None:

@@ -7,8 +7,10 @@ from typing import Annotated, Any
 import typer
 
 from fastlora.cli import data
-from fastlora.cli.console import UserError, note, require
+from fastlora.cli.console import UserError, check_output, note, require
 from fastlora.cli.settings import CHAT, TrainSettings, use_config, with_settings
+
+_IN_USE = "; --overwrite replaces what is in it, --resume goes on with it"
 
 
 @with_settings
@@ -45,6 +47,7 @@ def train(
     if checkpoint is not None:
         settings = TrainSettings.load(settings.output).resumed(given)
     settings = settings.absolute()
+    check_output(settings.output, reuse=overwrite or resume, hint=_IN_USE)
     for name in ("model", "data"):
         if getattr(settings, name) is None:
             raise UserError(f"{name} must be given, got none: as an argument, or in the config")
@@ -54,7 +57,6 @@ def train(
     from fastlora.cli import encoding, models, preview, training
 
     training.refuse_many_processes()
-    training.check_output(settings.output, reuse=overwrite or resume)
     training.check_trackers(settings.report_to)
     settings = dataclasses.replace(
         settings, dtype=models.pick_dtype(settings.dtype), **_resolved(settings, examples)
@@ -65,6 +67,8 @@ def train(
     training.set_seed(settings.seed)  # a new head starts at random
     base = models.load(source, settings, labels)
     models.describe(base, settings)
+    if base.fresh:
+        note("head", f"{', '.join(base.fresh)} start at random")
 
     def encode(rows: data.Data) -> encoding.Dataset:
         if labels:

@@ -102,27 +102,6 @@ def refuse_many_processes() -> None:
         raise UserError(f"training must run in one process for now, got WORLD_SIZE={processes}")
 
 
-def check_output(output: Path, reuse: bool) -> None:
-    """Check that the folder of a run may be used; it is made when there is something to write.
-
-    Args:
-        output: may be missing, with its parents.
-        reuse: take a folder that has files; those of the run are replaced.
-
-    Raises:
-        UserError: it has files and may not be reused, or it cannot be made or written to.
-    """
-    with reported(OSError):
-        there = next(p for p in (output.absolute(), *output.absolute().parents) if p.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            raise UserError(f"output must be in a folder that can be written to, got {there}")
-        if not reuse and output.exists() and any(output.iterdir()):
-            raise UserError(
-                f"output must be a new or empty folder, got {output}; --overwrite replaces what is "
-                "in it, --resume goes on with it"
-            )
-
-
 def check_trackers(names: str) -> None:
     """Check that the trackers of `--report-to` are there.
 
