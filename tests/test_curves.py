@@ -36,7 +36,9 @@ def batches(tokenizer, steps):
 @pytest.fixture(scope="module")
 def base():
     """The model in fp32 and its tokenizer, loaded once."""
-    loaded = models.load(models.find(str(smollm2_gguf())), TrainSettings(quantize="none", dtype="fp32"))
+    loaded = models.load(
+        models.find(str(smollm2_gguf())), TrainSettings(quantize="none", dtype="fp32")
+    )
     return loaded.model.train(), loaded.tokenizer
 
 
