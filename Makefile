@@ -39,14 +39,15 @@ $(STAMP)-venv:
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@touch $@
 
+# most of what is installed is never imported: Python compiles what is
 $(STAMP)-torch: $(STAMP)-venv
-	$(PIP) install "$(TORCH)"
+	$(PIP) install --no-compile "$(TORCH)"
 	@$(PY) -c 'from importlib.metadata import version as v; print("torch==" + v("torch"))' > $(STAMP)-constraints
 	@touch $@
 
 # the constraint makes pip fail rather than exchange the torch that was chosen
 $(STAMP)-hf $(STAMP)-all: $(STAMP)-%: $(STAMP)-torch $(SOURCES)
-	$(PIP) install --constraint $(STAMP)-constraints --editable ".[$*]"
+	$(PIP) install --no-compile --constraint $(STAMP)-constraints --editable ".[$*]"
 	@$(PY) -c 'from fastlora import native; native.available() or print("note:", native.unavailable_reason())'
 	@touch $@
 

@@ -1,6 +1,8 @@
 """Builds the C++ CPU kernels; everything else is in pyproject.toml."""
 
+import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -30,6 +32,15 @@ class BuildKernels(build_ext):
     def build_extension(self, ext: Extension) -> None:
         """Compile one extension."""
         ext.extra_compile_args = MSVC if self.compiler.compiler_type == "msvc" else UNIX
+        compile_some = self.compiler.compile
+
+        def compile_each(sources: list[str], **settings: object) -> list[str]:
+            # setuptools builds extensions side by side, the files of one after one another
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                done = pool.map(lambda source: compile_some([source], **settings), sources)
+                return [output for outputs in done for output in outputs]
+
+        self.compiler.compile = compile_each
         try:
             super().build_extension(ext)
         except (CCompilerError, BaseError, OSError) as error:
