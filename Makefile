@@ -7,8 +7,9 @@ GPU := $(shell command -v nvidia-smi || command -v rocm-smi)
 TORCH ?= $(if $(GPU),torch,torch==2.13.0)
 PYTEST_ARGS ?=
 KERNEL_TESTS ?= tests/kernel tests/test_linear_group.py tests/test_ops.py
-# one process a core; on a GPU they would share it. pytest-benchmark does not measure in parallel
-PARALLEL ?= $(if $(GPU),,-n auto --benchmark-disable)
+# one process a core; on a GPU they would share it. A file stays in one process, so that it imports
+# and prepares once. pytest-benchmark does not measure in parallel
+PARALLEL ?= $(if $(GPU),,-n auto --dist loadfile --no-loadscope-reorder --benchmark-disable)
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input

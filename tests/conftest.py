@@ -1,5 +1,6 @@
 """Every test: the installed package, a fixed seed, NaN in unwritten memory, no network."""
 
+import gc
 import os
 import random
 import signal
@@ -14,7 +15,7 @@ sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
 # a job in the background inherits an ignored SIGINT, and tests interrupt themselves
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# read at import by transformers, matplotlib, tokenizers, cuBLAS and libgomp
+# read at import by transformers, matplotlib, tokenizers, inductor, cuBLAS and libgomp
 os.environ.update(
     CUBLAS_WORKSPACE_CONFIG=":4096:8",
     HF_HUB_DISABLE_TELEMETRY="1",
@@ -23,6 +24,8 @@ os.environ.update(
     # threads that spin at barriers make small ops a hundred times slower on a busy machine
     OMP_WAIT_POLICY="PASSIVE",
     TOKENIZERS_PARALLELISM="false",
+    # inductor would build and start a program for each kind of vector to see whether it runs
+    TORCHINDUCTOR_VEC_ISA_OK="1",
     TRANSFORMERS_OFFLINE="1",
 )
 
@@ -34,6 +37,44 @@ from fastlora import native  # noqa: E402
 
 if os.environ.get("TRITON_INTERPRET"):
     np.seterr(all="ignore")  # the interpreter computes in NumPy, which warns where a GPU does not
+
+
+# a process takes a file at a time, and whoever begins with one of these last is waited for
+LONGEST = (
+    "test_cli_installed.py",
+    "test_compile.py",
+    "test_curves.py",
+    "test_cli_resume.py",
+    "test_ops.py",
+    "test_cpu_linear.py",
+    "test_cli_generate.py",
+    "test_cli_merge.py",
+    "test_cli_eval.py",
+    "test_step_bench.py",
+    "test_packaging.py",
+    "test_native_cpp.py",
+    "test_graphs.py",
+    "test_causal_lm.py",
+)
+# in an instruction set of another CPU every test would only skip; test_native.py says which do
+ISAS = native.isas() if native.available() else ("portable",)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files that take longest first."""
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
+
+
+def pytest_collection_finish() -> None:
+    """Spare every collection of garbage the hundred thousands of objects that imports made."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Give them back: libraries report as leaks what is never collected."""
+    gc.unfreeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -53,13 +94,11 @@ def reproducible():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=native.ISAS)
+@pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest):
     """Run the test once in each instruction set of the C++ kernels."""
     if not native.available():
         pytest.skip(native.unavailable_reason())
-    if request.param not in native.isas():
-        pytest.skip(f"this CPU has no {request.param}")
     before = native.isa()
     native.use_isa(request.param)
     yield request.param

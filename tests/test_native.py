@@ -299,10 +299,29 @@ def test_built_where_there_is_a_compiler():
 
 
 @needs_kernels
+@pytest.mark.parametrize("name", native.ISAS)
+def test_instruction_sets_that_run_here(name):
+    """The tests of `isa` run in these and in no others."""
+    if name not in native.isas():
+        pytest.skip(f"this CPU has no {name}")
+    before = native.isa()
+    native.use_isa(name)
+    assert native.isa() == name
+    native.use_isa(before)
+
+
+@needs_kernels
 def test_environment_forces_an_instruction_set():
-    code = "from fastlora import native; print(native.isa())"
-    assert run_python(code, FASTLORA_CPU_ISA="portable").stdout.strip() == "portable"
-    done = run_python(code, FASTLORA_CPU_ISA="sse9")
+    code = """
+import os
+from fastlora import native
+print(native.isa())
+os.environ["FASTLORA_CPU_ISA"] = "sse9"
+native._load.cache_clear()
+native.isa()
+"""
+    done = run_python(code, FASTLORA_CPU_ISA="portable")
+    assert done.stdout.strip() == "portable"
     assert done.returncode == 1
     message = f"FASTLORA_CPU_ISA must be one of {[*native.ISAS]}, got 'sse9'"
     assert done.stderr.strip().endswith(f"RuntimeError: {message}")
