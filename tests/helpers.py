@@ -2,14 +2,19 @@
 
 import math
 import os
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import fastlora
 from fastlora.cli.demo_model import MEMBER, cache_dir
 from fastlora.kernels.common import INTERPRET
+from fastlora.nf4 import NF4Weight
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -48,6 +53,39 @@ def assert_as_accurate(got: Tensor, eager: Tensor, exact: Tensor) -> None:
     assert math.isfinite(bound), f"eager and exact must be finite, got a bound of {bound}"
     # a NaN in got makes this comparison false, so it fails
     assert error <= bound, f"max error {error:.3e} > {bound:.3e} (eager: {eager_error:.3e})"
+
+
+def crossed(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Values of `parametrize`: all combinations of the axes, in the interpreter a part of them.
+
+    There a test takes about a second, and every combination of all axes but the last meets only one
+    value of the last, each in turn.
+    """
+    places = product(*(range(len(axis)) for axis in axes))
+    return [
+        tuple(axis[i] for axis, i in zip(axes, place, strict=True))
+        for place in places
+        if not INTERPRET or sum(place) % len(axes[-1]) == 0
+    ]
+
+
+def quantized(w: Tensor, **settings: bool | int) -> tuple[NF4Weight, Tensor]:
+    """A 4-bit weight and what it holds, both by the reference.
+
+    The backends make the same bytes, which test_nf4.py and tests/kernel show, but Triton's
+    interpreter takes longer for these two than for most of what the weight is made for.
+
+    Args:
+        w: [N, K], any dtype. The weight.
+        settings: of `quantize_nf4`.
+
+    Returns:
+        The quantised weight; [N, K], dtype of `w`: its values.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTLORA_BACKEND", "reference")
+        q = fastlora.quantize_nf4(w, **settings)
+        return q, fastlora.dequantize_nf4(q)
 
 
 def data_dir() -> Path:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import BACKENDS, DEVICE, DTYPES, assert_as_accurate
+from helpers import BACKENDS, DEVICE, DTYPES, assert_as_accurate, crossed, quantized
 
 import fastlora
 from fastlora import ops, plan, reference
@@ -34,8 +34,8 @@ def make(M, K, Ns, Rs, dtype):
     dys = [torch.randn(M, N, device=DEVICE).to(dtype) for N in Ns]
     parts = []
     for N, R in zip(Ns, Rs, strict=True):
-        q = fastlora.quantize_nf4(torch.randn(N, K, device=DEVICE).to(dtype))
-        part = {"w": fastlora.dequantize_nf4(q), "bias": torch.randn(N, device=DEVICE).to(dtype)}
+        q, w = quantized(torch.randn(N, K, device=DEVICE).to(dtype))
+        part = {"w": w, "bias": torch.randn(N, device=DEVICE).to(dtype)}
         if R:
             part |= {"a": torch.randn(R, K, device=DEVICE), "b": torch.randn(N, R, device=DEVICE)}
             part |= {"a": part["a"].to(dtype), "b": part["b"].to(dtype)}
@@ -93,20 +93,20 @@ def check(group, dtype, p=0.0):
         assert_as_accurate(g, e, t)
 
 
-@pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("group", GROUPS, ids=str)
+@pytest.mark.parametrize(
+    ("group", "backend", "dtype", "p"), crossed(GROUPS, BACKENDS, DTYPES, [0.0, 0.3]), ids=str
+)
 def test_a_group_computes_what_its_members_do(group, backend, dtype, p, monkeypatch):
     monkeypatch.setenv("FASTLORA_BACKEND", backend)
     check(group, dtype, p)
 
 
 @pytest.mark.usefixtures("any_path_backend")
-@pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("path", PATHS, ids=lambda path: f"{path.forward}-{path.dx}")
-@pytest.mark.parametrize("group", [(63, 64, (48, 16), (16, 8)), (40, 64, (32,), (8,))], ids=str)
+@pytest.mark.parametrize(
+    ("group", "path", "dtype", "p"),
+    crossed([(63, 64, (48, 16), (16, 8)), (40, 64, (32,), (8,))], PATHS, DTYPES, [0.0, 0.3]),
+    ids=lambda value: f"{value.forward}-{value.dx}" if isinstance(value, plan.Path) else str(value),
+)
 def test_every_path_computes_the_same(group, path, dtype, p, monkeypatch):
     monkeypatch.setattr(plan, "choose", lambda *_: path)
     check(group, dtype, p)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import BACKENDS, DEVICE, DTYPES, assert_as_accurate
+from helpers import BACKENDS, DEVICE, DTYPES, assert_as_accurate, crossed, quantized
 
 import fastlora
 from fastlora import native, ops, reference
@@ -72,8 +72,7 @@ def run(t, base, p=0.0, **kwargs):
     """lora_linear on leaves made from `t`; `t["w"]` becomes what the base really holds."""
     q = None
     if base != "dense":
-        q = fastlora.quantize_nf4(t["w"], double_quant=base == "nf4")
-        t["w"] = fastlora.dequantize_nf4(q)
+        q, t["w"] = quantized(t["w"], double_quant=base == "nf4")
     leaves = {k: v.detach().requires_grad_() for k, v in t.items() if k not in ("dy",)}
     w_or_q = leaves["w"] if q is None else q
     y = ops.lora_linear(
@@ -84,18 +83,16 @@ def run(t, base, p=0.0, **kwargs):
     return {"y": y.detach()} | {f"d{n}": g for n, g in zip(names, grads, strict=True)}
 
 
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype", "base"), crossed(SHAPES, DTYPES, BASES), ids=str)
 def test_lora_linear(shape, dtype, base):
     t = make(*shape, dtype)
     got = run(t, base)
     check(got, t, dtype, names=got.keys())
 
 
-@pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype", "p"), crossed(SHAPES, DTYPES, [0.05, 0.5, 0.9]), ids=str
+)
 def test_lora_linear_with_dropout(shape, dtype, p):
     t = make(*shape, dtype)
     keep = mask_of(*shape[:2], p)
@@ -108,8 +105,7 @@ def test_lora_linear_with_dropout(shape, dtype, p):
 def test_dropout_before_frozen_adapters(shape, dtype):
     """Only dx is asked for, and it has the mask all the same."""
     t, p = make(*shape, dtype), 0.3
-    q = fastlora.quantize_nf4(t["w"])
-    t["w"] = fastlora.dequantize_nf4(q)
+    q, t["w"] = quantized(t["w"])
     keep = mask_of(*shape[:2], p)
     x = t["x"].detach().requires_grad_()
     y = ops.lora_linear(x, q, t["a"], t["b"], 0.5, t["bias"], dropout_p=p)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import DEVICE, DTYPES, assert_as_accurate
+from helpers import DEVICE, DTYPES, assert_as_accurate, crossed
 from triton_helpers import needs_triton
 
 from fastlora import reference
@@ -70,10 +70,8 @@ def check_dx(dy, w, ds, a, state, threshold, config=None):
     assert_as_accurate(got, eager, exact)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_parity(shape, dtype, form):
+@pytest.mark.parametrize(("shape", "form", "dtype"), crossed(SHAPES, FORMS, DTYPES), ids=str)
+def test_parity(shape, form, dtype):
     x, dy, w, s, b, a, bias, state = inputs(*shape, dtype)
     config = config_of(form, shape[3], dtype)
     check(x, w, s, b, 0.3, bias, config)

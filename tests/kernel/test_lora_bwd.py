@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import DEVICE, DTYPES, assert_as_accurate
+from helpers import DEVICE, DTYPES, assert_as_accurate, crossed
 from triton_helpers import needs_triton, strided
 
 from fastlora import reference
@@ -76,9 +76,7 @@ def run_k6(M, K, R, dtype, p, config):
     check_fp32(da, lambda x, ds: reference.lora_bwd_da(x, ds, state, p), x, ds)
 
 
-@pytest.mark.parametrize("p", [0, 0.3])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype", "p"), crossed(SHAPES, DTYPES, [0, 0.3]), ids=str)
 def test_da(shape, dtype, p):
     run_k6(*shape, dtype, p, None)
 
@@ -98,9 +96,11 @@ def run_k6_dx(M, K, R, dtype, p, config):
     check_fp32(da, lambda x, ds: reference.lora_bwd_da(x, ds, state, p), x, ds)
 
 
-@pytest.mark.parametrize("p", [0, 0.3])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [s for s in SHAPES if s[2] <= 64], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype", "p"),
+    crossed([s for s in SHAPES if s[2] <= 64], DTYPES, [0, 0.3]),
+    ids=str,
+)
 def test_da_dx(shape, dtype, p):
     run_k6_dx(*shape, dtype, p, None)
 
@@ -123,9 +123,7 @@ def run_k7(M, K, R, dtype, p, config):
     assert_as_accurate(dx, eager, exact)
 
 
-@pytest.mark.parametrize("p", [0, 0.3])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype", "p"), crossed(SHAPES, DTYPES, [0, 0.3]), ids=str)
 def test_dx(shape, dtype, p):
     run_k7(*shape, dtype, p, None)
 

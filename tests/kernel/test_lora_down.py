@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import DEVICE, DTYPES, assert_as_accurate
+from helpers import DEVICE, DTYPES, assert_as_accurate, crossed
 from triton_helpers import needs_triton, strided
 
 from fastlora import reference
@@ -37,9 +37,7 @@ def run(M, K, R, dtype, p, index=0, augment=False):
     return s, eager, reference.lora_down(x.double(), a.double(), state, p), x, x_aug
 
 
-@pytest.mark.parametrize("p", [0, 0.3])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype", "p"), crossed(SHAPES, DTYPES, [0, 0.3]), ids=str)
 def test_parity(shape, dtype, p):
     s, eager, exact, *_ = run(*shape, dtype, p)
     assert s.is_contiguous()
