@@ -18,7 +18,7 @@ from fastlora.cli import models  # noqa: E402  transformers is optional
 from fastlora.cli.settings import TrainSettings  # noqa: E402
 
 BATCH, LENGTH = 1, 64  # tokens a step are what the test costs
-WINDOW = 20  # steps of one mean
+WINDOW = 20  # steps of one mean, at most
 # largest relative difference of a mean over WINDOW steps, and of a single step
 LIMITS = {torch.float32: (1e-3, 1e-3), torch.bfloat16: (1e-2, 5e-2)}
 
@@ -94,7 +94,8 @@ def check_curves(base, dtype, steps):
     got, expected = losses(ours, ids), losses(theirs, ids)
     assert all(math.isfinite(loss) for loss in expected)
     mean_limit, step_limit = LIMITS[dtype]
-    means, expected_means = (c.view(-1, WINDOW).mean(1) for c in (got, expected))
+    window = min(WINDOW, steps)
+    means, expected_means = (c.view(-1, window).mean(1) for c in (got, expected))
     mean_error = ((means - expected_means) / expected_means).abs().max().item()
     step_error = ((got - expected) / expected).abs().max().item()
     print(f"{dtype}, {steps} steps: loss {expected_means[0]:.4f} -> {expected_means[-1]:.4f}, ")
@@ -104,9 +105,12 @@ def check_curves(base, dtype, steps):
     return expected_means
 
 
-@pytest.mark.parametrize("dtype", LIMITS, ids=str)
-def test_20_steps_follow_peft(base, dtype):
-    check_curves(base, dtype, 20)
+# rounding to 16 bits has to average out
+@pytest.mark.parametrize(
+    ("dtype", "steps"), [(torch.float32, 8), (torch.bfloat16, WINDOW)], ids=str
+)
+def test_first_steps_follow_peft(base, dtype, steps):
+    check_curves(base, dtype, steps)
 
 
 @pytest.mark.slow
