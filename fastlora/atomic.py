@@ -61,6 +61,26 @@ def write_file(file: Path, data: bytes) -> None:
         os.fsync(stream.fileno())
 
 
+def replace_file(file: Path, data: bytes) -> None:
+    """Put new content in a file's place when all of it is on disk.
+
+    Args:
+        file: may exist; keeps what it has until then.
+        data: all of the new content.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    staged = file.parent / f".{file.name}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        write_file(staged, data)
+        os.replace(staged, file)
+    except BaseException:
+        staged.unlink(missing_ok=True)
+        raise
+    sync_folder(file.parent)
+
+
 def sync_folder(folder: Path) -> None:
     """Wait until the names in a folder are on disk; their files are synchronised on their own.
 

@@ -161,9 +161,9 @@ def test_killing_at_any_moment_of_saving_leaves_a_loadable_checkpoint(tmp_path):
 
 @pytest.fixture(scope="module")
 def finished(model, data, tmp_path_factory):
-    """A run of 12 steps with checkpoints at 4, 8 and 12."""
+    """A run of 11 steps, in the middle of an epoch, with checkpoints at 4, 8 and 11."""
     output = tmp_path_factory.mktemp("run") / "out"
-    words = ("--steps", "12", "--save-steps", "4", "--keep", "3", "--batch-size", "4")
+    words = ("--steps", "11", "--save-steps", "4", "--keep", "3", "--batch-size", "4")
     result = invoke("train", model, data, "-o", output, *OPTIONS, *words)
     assert result.exit_code == 0, result.stderr
     return output
@@ -176,16 +176,16 @@ def copied(finished, tmp_path):
 
 def test_checkpoints_are_sealed_and_kept_by_number(finished, model, data, tmp_path):
     names = sorted(p.name for p in finished.glob("checkpoint-*"))
-    assert names == ["checkpoint-12", "checkpoint-4", "checkpoint-8"]
+    assert names == ["checkpoint-11", "checkpoint-4", "checkpoint-8"]
     for name in names:
         assert not checkpoints.damage(finished / name)
-    sums = json.loads((finished / "checkpoint-12" / checkpoints.MANIFEST).read_text())
-    there = {p.name for p in (finished / "checkpoint-12").iterdir()}
-    assert there == {*sums, checkpoints.MANIFEST}
+    sums = json.loads((finished / "checkpoint-11" / checkpoints.MANIFEST).read_text())
+    there = {p.name for p in (finished / "checkpoint-11").iterdir()}
+    assert there == {*sums["files"], checkpoints.MANIFEST}
     assert there >= {"adapter_model.safetensors", "optimizer.pt", "trainer_state.json"}
-    words = ("--steps", "12", "--save-steps", "2", "--keep", "1", "--batch-size", "4")
+    words = ("--steps", "11", "--save-steps", "2", "--keep", "1", "--batch-size", "4")
     assert invoke("train", model, data, "-o", tmp_path, *OPTIONS, *words).exit_code == 0
-    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-12"]
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-11"]
 
 
 def damage_nothing(folder):
@@ -220,19 +220,19 @@ def garble_the_manifest(folder):
     ("harm", "reason"),
     [
         (damage_nothing, f"checkpoint-99 over: no {checkpoints.MANIFEST}"),
-        (flip_a_bit, "checkpoint-12 over: optimizer.pt is not what was written"),
-        (cut_short, "checkpoint-12 over: adapter_model.safetensors must be"),
-        (lose_a_file, "checkpoint-12 over: no scheduler.pt"),
-        (lose_the_manifest, f"checkpoint-12 over: no {checkpoints.MANIFEST}"),
-        (garble_the_manifest, f"checkpoint-12 over: {checkpoints.MANIFEST} is damaged"),
+        (flip_a_bit, "checkpoint-11 over: optimizer.pt is not what was written"),
+        (cut_short, "checkpoint-11 over: adapter_model.safetensors must be"),
+        (lose_a_file, "checkpoint-11 over: no scheduler.pt"),
+        (lose_the_manifest, f"checkpoint-11 over: no {checkpoints.MANIFEST}"),
+        (garble_the_manifest, f"checkpoint-11 over: {checkpoints.MANIFEST} is damaged"),
     ],
 )
 def test_incomplete_checkpoints_are_passed_over(harm, reason, finished, copied):
-    harm(copied / "checkpoint-12")
+    harm(copied / "checkpoint-11")
     result = invoke("train", "--resume", "-o", copied)
     assert result.exit_code == 0, result.stderr
     assert reason in result.stdout
-    from_step = 12 if harm is damage_nothing else 8
+    from_step = 11 if harm is damage_nothing else 8
     assert f"from {copied / f'checkpoint-{from_step}'}" in result.stdout
     assert_same_run(finished, copied)
 
@@ -262,7 +262,7 @@ def test_early_stopping_counts_on_and_the_best_adapter_is_kept(model, data, tmp_
     words = ("--eval-share", "0.3", "--eval-steps", "2", "--early-stopping", "3")
     words += ("--save-steps", "2", "--keep", "9", "--steps", "40", *OPTIONS, "--lr", "0")
     assert invoke("train", model, data, "-o", tmp_path, *words).exit_code == 0
-    assert [r["step"] for r in records(tmp_path, "eval_loss")] == [0, 2, 4, 6, 8, 8]
+    assert [r["step"] for r in records(tmp_path, "eval_loss")] == [0, 2, 4, 6, 8]
     checkpoints.clear(tmp_path, after=6)
     result = invoke("train", "--resume", "-o", tmp_path)
     assert result.exit_code == 0, result.stderr
@@ -286,7 +286,7 @@ def test_a_new_run_leaves_nothing_of_an_old_one_behind(copied, model, data):
     refused = invoke("train", model, data, "-o", copied, *words)
     assert refused.exit_code == 2
     assert "--overwrite replaces what is in it, --resume goes on with it" in one_line(refused)
-    assert (copied / "checkpoint-12").exists()
+    assert (copied / "checkpoint-11").exists()
     assert invoke("train", model, data, "-o", copied, *words, "--overwrite").exit_code == 0
     assert [p.name for p in copied.glob("checkpoint-*")] == ["checkpoint-2"]
     assert len(losses(copied)) == 2
@@ -300,5 +300,5 @@ def test_a_failed_save_is_one_line_and_keeps_what_there_is(copied, monkeypatch):
     result = invoke("train", "--resume", "-o", copied, "--steps", "20")
     assert result.exit_code == 1
     assert "No space left on device" in one_line(result)
-    assert checkpoints.newest(copied).name == "checkpoint-12"
+    assert checkpoints.newest(copied).name == "checkpoint-11"
     assert not [*copied.glob(".*")]

@@ -6,6 +6,7 @@ imports what is heavy (torch, transformers) when it runs.
 """
 
 import inspect
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Any
@@ -83,4 +84,6 @@ def _fastlora(context: typer.Context) -> None:
 
 def main() -> None:
     """Entry point of the installed `fastlora`."""
+    # what a terminal cannot write becomes a question mark, not an error
+    sys.stdout.reconfigure(errors="replace")
     app(prog_name="fastlora")

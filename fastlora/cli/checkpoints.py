@@ -12,8 +12,9 @@ from fastlora.atomic import sha256_of
 from fastlora.cli.console import note
 
 MANIFEST = "manifest.json"
+TRAINER_STATE = "trainer_state.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
-_LEFTOVER = ".checkpoint-*.tmp"  # as atomic.replaced_folder calls what a killed process leaves
+_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")  # what killed processes leave, see atomic.py
 
 
 def folder_of(output: Path, step: int) -> Path:
@@ -26,18 +27,29 @@ def step_of(folder: Path) -> int:
     return int(_NAME.fullmatch(folder.name)[1])
 
 
-def seal(folder: Path) -> None:
-    """Write the manifest, the last file of a checkpoint: size and sha256 of every other.
+def seal(folder: Path, examples: str) -> None:
+    """Write the last file of a checkpoint: size and sha256 of every other, and of the examples.
 
     Args:
         folder: complete, not under its final name yet.
+        examples: digest of what is trained on.
     """
     sums = {
         file.name: [file.stat().st_size, sha256_of(file)]
         for file in sorted(folder.iterdir())
         if file.is_file()
     }
-    (folder / MANIFEST).write_text(json.dumps(sums, indent=2), "utf-8")
+    (folder / MANIFEST).write_text(json.dumps({"files": sums, "examples": examples}, indent=2))
+
+
+def examples_of(folder: Path) -> str:
+    """Digest of what the run of a complete checkpoint trains on."""
+    return json.loads((folder / MANIFEST).read_text())["examples"]
+
+
+def progress_of(folder: Path) -> float:
+    """Epochs that the run of a complete checkpoint has trained."""
+    return json.loads((folder / TRAINER_STATE).read_text())["epoch"]
 
 
 def newest(output: Path) -> Path | None:
@@ -67,7 +79,7 @@ def damage(folder: Path) -> str:
         The reason why it cannot be used; empty if it is complete.
     """
     try:
-        sums = json.loads((folder / MANIFEST).read_text("utf-8"))
+        sums = json.loads((folder / MANIFEST).read_text())["files"]
         for name, (size, digest) in sums.items():
             file = folder / name
             if file.stat().st_size != size:
@@ -76,7 +88,7 @@ def damage(folder: Path) -> str:
                 return f"{name} is not what was written"
     except OSError as error:
         return f"no {Path(error.filename).name}" if error.filename else str(error)
-    except (ValueError, TypeError, AttributeError, RecursionError):
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
         return f"{MANIFEST} is damaged"
     return "" if sums else f"{MANIFEST} is empty"
 
@@ -101,9 +113,12 @@ def clear(output: Path, after: int = -1) -> None:
         output: of the run.
         after: the step; -1: all checkpoints of an earlier run go.
     """
-    later = [folder for folder in _all(output) if step_of(folder) > after]
-    for folder in [*output.glob(_LEFTOVER), *later]:
-        shutil.rmtree(folder)
+    for folder in _all(output):
+        if step_of(folder) > after:
+            shutil.rmtree(folder)
+    for path in output.iterdir() if output.is_dir() else ():
+        if _LEFTOVER.fullmatch(path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _all(output: Path) -> list[Path]:

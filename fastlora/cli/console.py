@@ -14,7 +14,16 @@ from rich.text import Text
 
 # by version typer imports click or carries its own; in both this is the class of usage errors
 UsageError = typer.BadParameter.__bases__[0]
-console = Console(highlight=False)
+
+
+class _Screen(Console):
+    def on_broken_pipe(self) -> None:
+        """A reader that goes away, as `head` does, ends no training: what follows is not shown."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+console = _Screen(highlight=False)
 # on import, which transformers does, it warns of a package that nobody needs here
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 

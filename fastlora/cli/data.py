@@ -416,7 +416,7 @@ def _label(value: Any, name: str, where: str) -> str:
         raise UserError(
             f"{where}: {name} must be a string or a whole number, got {type(value).__name__}"
         )
-    return _string(value, name, where)
+    return _string(value.strip(), name, where)
 
 
 def _list(record: _Record) -> str:

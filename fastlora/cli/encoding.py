@@ -1,6 +1,8 @@
 """Examples as token ids; what is trained on goes by position, never by token value."""
 
+import hashlib
 import itertools
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,6 +45,14 @@ class Dataset:
     def tokens(self) -> int:
         """All tokens of all examples."""
         return sum(len(example["input_ids"]) for example in self.examples)
+
+    @property
+    def digest(self) -> str:
+        """sha256 of all ids and labels: a run goes on with the very same examples."""
+        total = hashlib.sha256()
+        for example in self.examples:
+            total.update(json.dumps([example["input_ids"], example["labels"]]).encode())
+        return total.hexdigest()
 
 
 def prompt_ids(

@@ -2,14 +2,13 @@
 
 import contextlib
 import json as json_module
-import os
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from fastlora.atomic import replace_file
 from fastlora.cli import runs
 from fastlora.cli.console import UserError, console, reported, require
 from fastlora.cli.data import parse_fields, read
@@ -126,10 +125,5 @@ def _write(file: Path, report: dict[str, Any]) -> None:
     if file == _STDOUT:
         print(text, end="")
         return
-    staged = file.absolute().parent / f".{file.name}.{uuid.uuid4().hex[:8]}.tmp"
     with reported(OSError):
-        try:
-            staged.write_text(text, "utf-8")
-            os.replace(staged, file)
-        finally:
-            staged.unlink(missing_ok=True)
+        replace_file(file.absolute(), text.encode())

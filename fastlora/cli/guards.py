@@ -3,7 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -154,10 +154,9 @@ def silence(layers: Sequence[str]) -> str:
 
 
 class Interrupts(TrainerCallback):
-    """Ends a run at SIGINT or SIGTERM: after the step, with a checkpoint.
+    """Ends a run at SIGINT or SIGTERM: while it trains, after the step and with a checkpoint.
 
-    The second signal stops at once, except while a checkpoint is written, after which the run ends
-    anyway.
+    Elsewhere, and at the second signal, it ends at once; but never while something is written.
 
     Attributes:
         signal: the first that came; None: none did.
@@ -167,11 +166,11 @@ class Interrupts(TrainerCallback):
 
     def __init__(self) -> None:
         self.signal = None
-        self._held = False
+        self._training = self._writing = False
 
     @contextmanager
     def caught(self) -> Iterator[None]:
-        """Take the signals over for a block."""
+        """Take the signals over for a block, which may raise KeyboardInterrupt."""
         kinds = (signal.SIGINT, signal.SIGTERM)
         before = [signal.signal(kind, self._catch) for kind in kinds]
         try:
@@ -181,13 +180,22 @@ class Interrupts(TrainerCallback):
                 signal.signal(kind, handler)
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Let a block come to its end, such as one that writes a checkpoint."""
-        self._held = True
+    def training(self) -> Iterator[None]:
+        """Let a block, in which steps are taken, come to the end of its step."""
+        self._training = True
         try:
             yield
         finally:
-            self._held = False
+            self._training = False
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Let a block that writes come to its end."""
+        self._writing = True
+        try:
+            yield
+        finally:
+            self._writing = False
 
     def on_step_end(
         self,
@@ -198,16 +206,49 @@ class Interrupts(TrainerCallback):
     ) -> None:
         """Save and stop, once a signal came."""
         if self.signal is not None:
-            control.should_log = control.should_save = control.should_training_stop = True
+            control.should_save = control.should_training_stop = True
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """The same after an evaluation, which comes at the end of a step."""
+        self.on_step_end(args, state, control)
 
     def _catch(self, number: int, _: FrameType | None) -> None:
-        if self.signal is None:
+        first = self.signal is None
+        if first:
             self.signal = number
-            # a signal may come in the middle of a print, which must not be entered again
-            line = b"\n" if os.isatty(2) else b""
-            os.write(2, line + b"fastlora: ending this step; once more stops at once\n")
-        elif not self._held:
+        if self._training and first:
+            # a signal may come in the middle of a print, which must not be entered again; and what
+            # read stderr may be gone by the same signal
+            with suppress(OSError):
+                line = b"\n" if os.isatty(2) else b""
+                os.write(2, line + b"fastlora: ending this step; once more stops at once\n")
+        elif not self._writing:
             raise KeyboardInterrupt
+
+
+class AllDone(Exception):
+    """There is no step left to train."""
+
+
+class Length(TrainerCallback):
+    """Ends a run that goes on at its end: Trainer would train one step more."""
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Raise `AllDone` where no step is left."""
+        if state.global_step >= state.max_steps:
+            raise AllDone
 
 
 def _are_finite(tensors: list[Tensor]) -> bool:

@@ -3,8 +3,10 @@
 import contextlib
 import io
 import json
+import os
 import re
 import struct
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -102,9 +104,22 @@ class Base:
 
     @property
     def pad_id(self) -> int:
-        """A token for padding, whose places are masked: the end of sequence where none is meant."""
-        pad = self.tokenizer.pad_token_id
-        return self.tokenizer.eos_token_id if pad is None else pad
+        """The token that rows are padded with."""
+        return pad_id(self.tokenizer)
+
+    @property
+    def positions(self) -> int:
+        """The most tokens of a row that the model knows positions for."""
+        config = self.model.config.get_text_config()
+        known = getattr(config, "max_position_embeddings", None) or sys.maxsize
+        # some encoders keep the first ones for padding, which their tokenizer knows
+        return min(known, self.tokenizer.model_max_length) if self.labels else known
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """A token for padding, whose places are masked: the end of sequence where none is meant."""
+    pad = tokenizer.pad_token_id
+    return tokenizer.eos_token_id if pad is None else pad
 
 
 def device() -> torch.device:
@@ -148,12 +163,13 @@ def find(name: str, labelled: bool = False) -> Source:
         UserError: there is no such model, or it is of a kind that cannot be trained here.
     """
     path = Path(name)
-    if path.suffix == ".gguf" and path.is_file():
+    # not Path.exists, which raises on names that are too long
+    if path.suffix.lower() == ".gguf" and os.path.isfile(path):
         return Source(name, path.parent, gguf=path.name)
-    if not path.exists() and HUB_NAME.fullmatch(name):
+    if not os.path.exists(path) and HUB_NAME.fullmatch(name):
         path = _download(name)
     config = path / "config.json"
-    if not config.is_file():
+    if not os.path.isfile(config):
         raise UserError(
             "model must be a folder with config.json, a .gguf file or a name on the hub "
             f"(organisation/model), got {name}"
@@ -198,9 +214,9 @@ def load(source: Source, settings: TrainSettings, labels: Sequence[str] = ()) ->
     with console.status("loading the model"):
         tokenizer = _load_tokenizer(source)
         model, fresh = _load_model(source, dtype, labels)
-        if labels and model.config.pad_token_id is None:
+        if labels:
             # a decoder finds the last token of a sequence by its padding
-            model.config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id
+            model.config.get_text_config().pad_token_id = pad_id(tokenizer)
         fp32_bytes = 4 * count_parameters(model)[1]
         if source.nf4:
             _check_quantised(source, model, settings)

@@ -1,10 +1,12 @@
 """The loss curve of a run."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from fastlora.atomic import replace_file
 from fastlora.cli.progress import Record
 
 CURVE_FILE = "loss.png"
@@ -19,6 +21,9 @@ def save_curve(records: Sequence[Record], title: str, scored: str, path: Path) -
         title: above the picture.
         scored: what the evaluations are of.
         path: PNG; replaced when it is complete.
+
+    Raises:
+        OSError: it cannot be written.
     """
     # no pyplot, which would keep the figure and ask for a display
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
@@ -36,9 +41,9 @@ def save_curve(records: Sequence[Record], title: str, scored: str, path: Path) -
     axes.set(xlabel="step", ylabel="loss (nats)", title=title)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    part = path.with_name(f".{path.name}.tmp")
-    figure.savefig(part, format="png")
-    part.replace(path)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    replace_file(path, picture.getvalue())
 
 
 def _smooth(values: Sequence[float]) -> list[float]:

@@ -12,7 +12,8 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from fastlora.cli.console import UserError, console, duration, note, size
+from fastlora.atomic import replace_file
+from fastlora.cli.console import UserError, console, duration, note, reported, size
 
 Record = dict[str, Any]
 
@@ -85,7 +86,7 @@ class RunLog(TrainerCallback):
         self._path = path
         self._bar = bar
         self._skipped = skipped
-        self._start = self._last = 0.0
+        self._last = 0.0
 
     @property
     def steps(self) -> list[Record]:
@@ -102,9 +103,9 @@ class RunLog(TrainerCallback):
         """Go on after the records of the steps that were trained, start the clock."""
         if state.global_step:
             self.records = [r for r in read_metrics(self._path) if r["step"] <= state.global_step]
-        self._write("w", self.records)
+        with reported(OSError, exit_code=1):
+            replace_file(self._path, _lines(self.records))
         self._last = time.perf_counter()
-        self._start = self._last - (self.steps[-1]["seconds"] if self.steps else 0.0)
         self._bar.show(state.global_step, state.max_steps, None)
 
     def on_step_end(
@@ -114,9 +115,13 @@ class RunLog(TrainerCallback):
         control: TrainerControl,
         **kwargs: object,
     ) -> None:
-        """Move the bar; the last step is always logged."""
+        """Move the bar; a step after which something happens is logged first.
+
+        So the records of a run that goes on are the same, and times are those of training alone.
+        """
         self._bar.show(state.global_step, state.max_steps, None)
-        if state.global_step == state.max_steps:
+        happens = control.should_evaluate or control.should_save or control.should_training_stop
+        if happens or state.global_step == state.max_steps:
             control.should_log = True
 
     def on_log(
@@ -147,14 +152,25 @@ class RunLog(TrainerCallback):
         note("eval", f"step {state.global_step}: " + in_words(metrics))
         self._last = time.perf_counter()
 
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
+        """The time of saving is not that of the next step."""
+        self._last = time.perf_counter()
+
     def add(self, record: Record) -> None:
         """Append a line to the file."""
         self.records.append(record)
-        self._write("a", [record])
+        with reported(OSError, exit_code=1), self._path.open("ab") as file:
+            file.write(_lines([record]))
 
     def _record(self, state: TrainerState, logs: dict[str, float]) -> Record:
         now = time.perf_counter()
-        before = self.steps[-1] if self.steps else {"step": 0, "tokens": 0}
+        before = self.steps[-1] if self.steps else {"step": 0, "tokens": 0, "seconds": 0.0}
         steps, tokens = state.global_step - before["step"], state.num_input_tokens_seen
         skipped = sum(step > before["step"] for step in self._skipped)
         record = {
@@ -167,15 +183,11 @@ class RunLog(TrainerCallback):
             "skipped": skipped,
             "tokens": tokens,
             "tokens_per_second": round((tokens - before["tokens"]) / (now - self._last), 1),
-            "seconds": round(now - self._start, 3),
+            "seconds": round(before["seconds"] + now - self._last, 3),
             "memory_bytes": peak_memory(),
         }
         self._last = now
         return record
-
-    def _write(self, mode: str, records: list[Record]) -> None:
-        with self._path.open(mode, encoding="utf-8") as file:
-            file.writelines(json.dumps(_strict(record)) + "\n" for record in records)
 
 
 def read_metrics(path: Path) -> list[Record]:
@@ -209,9 +221,10 @@ def in_words(scores: dict[str, float]) -> str:
     )
 
 
-def _strict(record: Record) -> Record:
-    """Numbers that JSON does not have become null."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in record.items()
-    }
+def _lines(records: list[Record]) -> bytes:
+    """JSON, in which numbers that it does not have become null."""
+    finite = [
+        {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in r.items()}
+        for r in records
+    ]
+    return "".join(json.dumps(record) + "\n" for record in finite).encode()

@@ -5,12 +5,14 @@ import difflib
 import functools
 import inspect
 import math
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
+from fastlora.atomic import replace_file
 from fastlora.cli.console import UsageError, UserError, check_text, reported, require
 from fastlora.codebooks import BLOCKSIZES
 
@@ -29,6 +31,7 @@ _adapter, _base, _data, _optimisation, _evaluation, _run = (
 _count = {"metavar": "N", "min": 1}
 _share = {"metavar": "X", "min": 0, "max": 1}
 _amount = {"metavar": "X", "min": 0}
+_EITHER = (("epochs", "steps"), ("eval_data", "eval_share"), ("packing", "group_by_length"))
 # what a resumed run may do otherwise than the run it goes on with
 _FREE_TO_CHANGE = {
     *("epochs", "steps", "output", "eval_steps", "save_steps", "keep", "logging_steps"),
@@ -196,9 +199,11 @@ class TrainSettings:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, float) and not math.isfinite(value):
-                raise UserError(f"{_option(field.name)} must be finite, got {value}")
+                raise UserError(f"{option(field.name)} must be finite, got {value}")
         if self.epochs == 0:
             raise UserError("epochs must be above 0, got 0")
+        if self.warmup > 1 and self.warmup % 1:
+            raise UserError(f"warmup must be whole steps or a share below 1, got {self.warmup}")
         check_template(self.template)
         if self.blocksize not in BLOCKSIZES:
             raise UserError(f"blocksize must be one of {BLOCKSIZES}, got {self.blocksize}")
@@ -209,15 +214,12 @@ class TrainSettings:
 
     def _check_needs(self) -> None:
         """Settings that exclude or need each other."""
-        for one, other in (
-            ("epochs", "steps"),
-            ("eval_data", "eval_share"),
-            ("packing", "group_by_length"),
-        ):
+        for one, other in _EITHER:
             if getattr(self, one) and getattr(self, other):
-                raise UserError(f"{_option(one)} and {_option(other)} must not both be given")
-        if self.eval_steps and not (self.eval_data or self.eval_share):
-            raise UserError("eval-steps must have eval-data or eval-share, got neither")
+                raise UserError(f"{option(one)} and {option(other)} must not both be given")
+        for name in ("eval_steps", "eval_examples"):
+            if getattr(self, name) and not (self.eval_data or self.eval_share):
+                raise UserError(f"{option(name)} must have eval-data or eval-share, got neither")
         if self.early_stopping and not self.eval_steps:
             raise UserError("early-stopping must have eval-steps, got none")
 
@@ -246,7 +248,7 @@ class TrainSettings:
         text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
         with reported(OSError):
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / SETTINGS_FILE).write_text(text, encoding="utf-8")
+            replace_file(folder / SETTINGS_FILE, text.encode())
 
     @classmethod
     def load(cls, folder: Path, **given: Any) -> "TrainSettings":
@@ -290,9 +292,11 @@ class TrainSettings:
         wanted = dataclasses.replace(self, **length | dict(given)).absolute()
         for name in given.keys() - _FREE_TO_CHANGE:
             before, now = getattr(self, name), getattr(wanted, name)
-            if now != before:
+            if name == "dtype" and now == "auto":
+                wanted = dataclasses.replace(wanted, dtype=self.dtype)
+            elif now != before:
                 raise UserError(
-                    f"{_option(name)} must be that of the run to resume, {before}, got {now}"
+                    f"{option(name)} must be that of the run to resume, {before}, got {now}"
                 )
         return wanted
 
@@ -300,7 +304,7 @@ class TrainSettings:
         """The same with absolute paths, so that they can be used in another folder."""
         values = {f.name: _absolute(getattr(self, f.name)) for f in dataclasses.fields(self)}
         model = self.model
-        if model is not None and Path(model).exists():
+        if model is not None and os.path.exists(model):
             values["model"] = str(Path(model).absolute())
         return dataclasses.replace(self, **values)
 
@@ -401,11 +405,13 @@ def with_settings(command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
     def run(context: typer.Context, **values: Any) -> Any:
         chosen = {name: values.pop(name) for name in fields}
-        given = {
-            name: value
-            for name, value in chosen.items()
-            if context.get_parameter_source(name).name in ("COMMANDLINE", "DEFAULT_MAP")
-        }
+        sources = {name: context.get_parameter_source(name).name for name in fields}
+        for pair in _EITHER:
+            for one, other in (pair, pair[::-1]):
+                # what the command line gives excludes what the file gave in its place
+                if chosen[one] and (sources[one], sources[other]) == ("COMMANDLINE", "DEFAULT_MAP"):
+                    chosen[other], sources[other] = fields[other].default, "DEFAULT"
+        given = {n: v for n, v in chosen.items() if sources[n] in ("COMMANDLINE", "DEFAULT_MAP")}
         return command(**values, settings=TrainSettings(**chosen), given=given)
 
     run.__signature__ = inspect.Signature([context, *own, *added])
@@ -434,6 +440,6 @@ def _absolute(value: Any) -> Any:
     return value.absolute() if isinstance(value, Path) else value
 
 
-def _option(name: str) -> str:
-    """A setting as it is written on the command line."""
+def option(name: str) -> str:
+    """A setting's name as the command line has it."""
     return name.replace("_", "-")

@@ -8,7 +8,14 @@ import typer
 
 from fastlora.cli import data
 from fastlora.cli.console import UserError, check_output, note, require
-from fastlora.cli.settings import CHAT, TrainSettings, use_config, with_settings
+from fastlora.cli.settings import (
+    CHAT,
+    SETTINGS_FILE,
+    TrainSettings,
+    option,
+    use_config,
+    with_settings,
+)
 
 _IN_USE = "; --overwrite replaces what is in it, --resume goes on with it"
 
@@ -43,6 +50,8 @@ def train(
     """
     if settings.output is None:
         raise UserError("output must be given, got none: --output FOLDER, or output in the config")
+    if resume and overwrite:
+        raise UserError("resume and overwrite must not both be given")
     checkpoint = _checkpoint(settings.output) if resume else None
     if checkpoint is not None:
         settings = TrainSettings.load(settings.output).resumed(given)
@@ -51,7 +60,8 @@ def train(
     for name in ("model", "data"):
         if getattr(settings, name) is None:
             raise UserError(f"{name} must be given, got none: as an argument, or in the config")
-    examples, held_out = _read(settings)
+    examples = data.read(settings.data, _fields(settings))
+    _check_used(settings, examples)
     require("transformers", "accelerate", "matplotlib", "sklearn")
     # transformers takes seconds to import, so what needs it comes after the quick checks
     from fastlora.cli import encoding, models, preview, training
@@ -61,6 +71,7 @@ def train(
     settings = dataclasses.replace(
         settings, dtype=models.pick_dtype(settings.dtype), **_resolved(settings, examples)
     )
+    examples, held_out = _divided(settings, examples)
     adapter = training.lora_config(settings)
     labels = settings.classes
     source = models.find(settings.model, labelled=bool(labels))
@@ -69,6 +80,9 @@ def train(
     models.describe(base, settings)
     if base.fresh:
         note("head", f"{', '.join(base.fresh)} start at random")
+    if base.positions < settings.max_length:
+        note("length", f"{base.positions} tokens at most, as many as the model has positions")
+        settings = dataclasses.replace(settings, max_length=base.positions)
 
     def encode(rows: data.Data) -> encoding.Dataset:
         if labels:
@@ -89,16 +103,40 @@ def _checkpoint(output: Path) -> Path:
     newest = checkpoints.newest(output)
     if newest is None:
         raise UserError(f"resume must have a complete checkpoint, got none in {output}")
+    if not (output / SETTINGS_FILE).is_file():
+        raise UserError(
+            f"resume must have the settings of the run, got no {output / SETTINGS_FILE}"
+        )
     note("resumed", f"from {newest}")
     return newest
 
 
-def _read(settings: TrainSettings) -> tuple[data.Data, data.Data | None]:
+def _fields(settings: TrainSettings) -> dict[str, str] | None:
+    return data.parse_fields(settings.fields) if settings.fields else None
+
+
+def _check_used(settings: TrainSettings, examples: data.Data) -> None:
+    """What is asked for must have a meaning for this data, and beside the other settings."""
+    data_reason = f"for other data, got {examples.form} in {settings.data}"
+    unused = dict.fromkeys(
+        {
+            "label": ["template", "packing", "chunked_loss"],
+            "messages": ["labels", *(["template"] if settings.template != CHAT else [])],
+        }.get(examples.form, ["labels"]),
+        data_reason,
+    )
+    if settings.quantize == "none":
+        unused |= dict.fromkeys(["blocksize", "double_quant"], "for quantize nf4, got none")
+    for field in dataclasses.fields(settings):
+        if field.name in unused and getattr(settings, field.name) != field.default:
+            raise UserError(f"{option(field.name)} must be {unused[field.name]}")
+
+
+def _divided(settings: TrainSettings, examples: data.Data) -> tuple[data.Data, data.Data | None]:
     """The training examples, and those that are held out."""
-    fields = data.parse_fields(settings.fields) if settings.fields else None
-    examples, held_out = data.read(settings.data, fields), None
+    held_out = None
     if settings.eval_data:
-        held_out = data.read(settings.eval_data, fields)
+        held_out = data.read(settings.eval_data, _fields(settings))
         if held_out.form != examples.form:
             raise UserError(
                 f"eval-data must be {examples.form} as the data, got {held_out.form} in "
@@ -113,13 +151,9 @@ def _read(settings: TrainSettings) -> tuple[data.Data, data.Data | None]:
 
 def _resolved(settings: TrainSettings, examples: data.Data) -> dict[str, str]:
     """Settings that the data decides; they are saved with the run."""
-    if examples.form != "label":
-        if settings.labels:
-            raise UserError(f"labels must be for data with text and label, got {examples.form}")
-        return {"template": CHAT} if examples.form == "messages" else {}
-    if settings.packing:
-        raise UserError("packing must be for language models, got data with labels")
-    if settings.labels:
+    if examples.form == "messages":
+        return {"template": CHAT}
+    if examples.form != "label" or settings.labels:
         return {}
     from fastlora.cli.encoding import label_set
 

@@ -32,6 +32,7 @@ class AdapterTrainer(Trainer):
         keep: checkpoints to keep.
         grouped: whether batches are of examples of about the same length.
         interrupts: held off while a checkpoint is written.
+        digest: of the training examples, kept with each checkpoint.
         callbacks: further ones.
         **kwargs: Trainer's own.
     """
@@ -43,6 +44,7 @@ class AdapterTrainer(Trainer):
         keep: int,
         grouped: bool,
         interrupts: Interrupts,
+        digest: str,
         callbacks: list[TrainerCallback],
         **kwargs: Any,
     ) -> None:
@@ -52,7 +54,8 @@ class AdapterTrainer(Trainer):
         # prints a dictionary per log
         self.remove_callback(PrinterCallback)
         self._base, self._scored = base, scored
-        self._keep, self._grouped, self._interrupts = keep, grouped, interrupts
+        self._keep, self._grouped = keep, grouped
+        self._interrupts, self._digest = interrupts, digest
         self._run_folder = self._save_to = Path(self.args.output_dir)
 
     def training_step(
@@ -125,7 +128,7 @@ class AdapterTrainer(Trainer):
             return
         # full disks, and weights that are not finite
         failures = reported(OSError, RuntimeError, ValueError, about=f"{target}: ", exit_code=1)
-        with self._interrupts.held(), failures:
+        with self._interrupts.writing(), failures:
             with replaced_folder(target) as folder:
                 self._save_to = folder
                 super()._save_checkpoint(model, trial)
@@ -134,7 +137,7 @@ class AdapterTrainer(Trainer):
                 for file in (folder / target.name).iterdir():
                     file.rename(folder / file.name)
                 (folder / target.name).rmdir()
-                checkpoints.seal(folder)
+                checkpoints.seal(folder, self._digest)
             checkpoints.prune(self._run_folder, self._keep, self.state.best_global_step)
 
     def _get_output_dir(self, trial: Any) -> str:

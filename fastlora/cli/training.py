@@ -6,6 +6,7 @@ import re
 import shlex
 import signal
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import fastlora
 from fastlora.cli import checkpoints, packing
 from fastlora.cli.console import UserError, console, duration, note, reported, size
 from fastlora.cli.encoding import Collator, Dataset
-from fastlora.cli.guards import Interrupts
+from fastlora.cli.guards import AllDone, Interrupts, Length
 from fastlora.cli.models import Base
 from fastlora.cli.plot import CURVE_FILE, save_curve
 from fastlora.cli.progress import Bar, Record, RunLog, peak_memory
@@ -82,7 +83,7 @@ class Result:
 
     @property
     def tokens_per_second(self) -> float:
-        """Mean over the run; padding does not count."""
+        """Mean over the steps; padding does not count, but for that of packed rows."""
         return self.records[-1]["tokens"] / self.records[-1]["seconds"]
 
     @property
@@ -112,8 +113,9 @@ def check_trackers(names: str) -> None:
         UserError: one is unknown, or its package is not installed.
     """
     there = get_available_reporting_integrations()
-    for name in _trackers(names):
-        if name not in ("none", "all", *there):
+    trackers = _trackers(names)
+    for name in trackers:
+        if name not in there and trackers not in (["none"], ["all"]):
             raise UserError(
                 f"report-to must name trackers that are installed ({', '.join(there) or 'none'}), "
                 f"got {name}"
@@ -175,11 +177,7 @@ def train(
     _add_adapter(base, settings, config)
     if settings.packing:
         packing.check(base.model)
-    begun = checkpoints.step_of(checkpoint) if checkpoint else 0
-    if settings.steps is not None and settings.steps < begun:
-        raise UserError(
-            f"steps must be at least those that are done, {begun}, got {settings.steps}"
-        )
+    begun = _begun(checkpoint, task, settings) if checkpoint else 0
     checkpoints.clear(settings.output, after=begun if checkpoint else -1)
     if checkpoint is None:
         for name in _OUTPUTS:
@@ -190,16 +188,30 @@ def train(
         return _run(base, task, settings, checkpoint, bar, trainable)
 
 
+def _begun(checkpoint: Path, task: Task, settings: TrainSettings) -> int:
+    """The step to go on from, when the run is the one that it was."""
+    step, epoch = checkpoints.step_of(checkpoint), checkpoints.progress_of(checkpoint)
+    if settings.steps is not None and settings.steps < step:
+        raise UserError(f"steps must be at least those that are done, {step}, got {settings.steps}")
+    if settings.epochs is not None and settings.epochs < epoch:
+        raise UserError(
+            f"epochs must be at least those that are done, {epoch:.4g}, got {settings.epochs}"
+        )
+    if checkpoints.examples_of(checkpoint) != task.train.digest:
+        raise UserError(
+            f"data must have the examples that the run began with, got others in {settings.data}"
+        )
+    return step
+
+
 def summarise(result: Result, task: Task, output: Path) -> None:
     """Print the account of a run."""
     last = result.records[-1]
     steps = f"{last['step']} step{'s' if last['step'] > 1 else ''}"
     losses = [r["loss"] for r in result.records if r["loss"] is not None]
+    first_last = f"{losses[0]:.4f} → {losses[-1]:.4f}" if losses else "never finite"
     skipped = sum(r["skipped"] for r in result.records)
-    note(
-        "loss",
-        f"{losses[0]:.4f} → {losses[-1]:.4f}" + (f", {skipped} steps skipped" if skipped else ""),
-    )
+    note("loss", first_last + (f", {skipped} steps skipped" if skipped else ""))
     note(
         "speed",
         f"{steps} in {duration(last['seconds'])}: {result.step_seconds:.3g} s a step, "
@@ -250,30 +262,30 @@ def _run(
     trainer = _trainer(base, task, settings, interrupts)
     log = RunLog(settings.output / METRICS_FILE, bar, trainer.non_finite.steps)
     trainer.add_callback(log)
-    scoring = f"scoring {task.scored_name}"
-    if checkpoint is None:
-        bar.say(scoring)
-        trainer.evaluate()
-    with interrupts.caught():
-        _train(trainer, settings, interrupts, checkpoint)
-    best = trainer.load_best() if settings.early_stopping else None
-    base.model.eval()
-    with reported(OSError, ValueError, exit_code=1):
-        fastlora.save_adapter(base.model, settings.output)
-    before = next((r for r in log.records if r["step"] == 0), {})
-    after = log.records[-1]
-    if "eval_loss" not in after or best not in (None, trainer.state.global_step):
-        bar.say(scoring)
-        after = trainer.evaluate()
+    trainer.add_callback(Length())
+    bar.say(f"scoring {task.scored_name}")
+    try:
+        with interrupts.caught():
+            if checkpoint is None:
+                trainer.evaluate()
+            _train(trainer, settings, interrupts, checkpoint)
+            kept = _save(trainer, settings, interrupts)
+            bar.say(f"scoring {task.scored_name}")
+            scores = [r for r in log.records if "eval_loss" in r]
+            # what was scored on the way is not scored again
+            after = next((r for r in scores if r["step"] == kept), None) or trainer.evaluate()
+    except KeyboardInterrupt:
+        raise _interrupted(settings, interrupts) from None
     title = f"{Path(base.source.name).name}, rank {settings.rank}"
-    save_curve(log.records, title, task.scored_name, settings.output / CURVE_FILE)
+    with reported(OSError, exit_code=1):
+        save_curve(log.records, title, task.scored_name, settings.output / CURVE_FILE)
     return Result(
         records=log.steps,
         trainable=trainable,
         memory_bytes=peak_memory(),
-        before=_unprefixed(before),
+        before=_unprefixed(next((r for r in scores if r["step"] == 0), {})),
         after=_unprefixed(after),
-        best=best if best != trainer.state.global_step else None,
+        best=kept if kept != trainer.state.global_step else None,
     )
 
 
@@ -283,13 +295,25 @@ def _train(
     interrupts: Interrupts,
     checkpoint: Path | None,
 ) -> None:
-    try:
-        with reported(torch.OutOfMemoryError, about="the GPU must have more memory: ", exit_code=1):
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except KeyboardInterrupt:
-        raise _interrupted(settings, interrupts) from None
+    with (
+        interrupts.training(),
+        suppress(AllDone),
+        reported(torch.OutOfMemoryError, about="the GPU must have more memory: ", exit_code=1),
+    ):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if interrupts.signal is not None and trainer.state.global_step < trainer.state.max_steps:
-        raise _interrupted(settings, interrupts)
+        raise KeyboardInterrupt
+
+
+def _save(trainer: AdapterTrainer, settings: TrainSettings, interrupts: Interrupts) -> int:
+    """Save the adapter, with early stopping the best one; its step."""
+    with interrupts.writing(), reported(OSError, ValueError, exit_code=1):
+        best = trainer.load_best() if settings.early_stopping else None
+        trainer.model.eval()
+        fastlora.save_adapter(trainer.model, settings.output)
+    if interrupts.signal is not None:
+        raise KeyboardInterrupt
+    return trainer.state.global_step if best is None else best
 
 
 def _interrupted(settings: TrainSettings, interrupts: Interrupts) -> UserError:
@@ -317,6 +341,7 @@ def _trainer(
         keep=settings.keep,
         grouped=settings.group_by_length,
         interrupts=interrupts,
+        digest=task.train.digest,
         callbacks=stops,
         args=_arguments(settings, base.model.dtype),
         train_dataset=packing.pack(train, settings.max_length) if settings.packing else train,
@@ -345,7 +370,7 @@ def _arguments(settings: TrainSettings, dtype: torch.dtype) -> TrainingArguments
         seed=settings.seed,
         logging_steps=settings.logging_steps,
         logging_nan_inf_filter=False,
-        # with packing there is no mask, and rows are nearly full
+        # packed rows have no mask: the little padding at their ends counts too
         include_num_input_tokens_seen="all" if settings.packing else "non_padding",
         use_cpu=not torch.cuda.is_available(),
         report_to=_trackers(settings.report_to),
