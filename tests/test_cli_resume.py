@@ -14,7 +14,10 @@ import torch
 from cli_helpers import FASTLORA, invoke, one_line, records, run, save_tiny_model
 from safetensors.torch import load_file
 
+import fastlora
 from fastlora.cli import checkpoints
+from fastlora.cli.guards import Interrupts
+from fastlora.cli.trainer import AdapterTrainer
 
 # dropout draws random numbers at every step, and few examples make many epochs
 OPTIONS = ("--lr", "1e-2", "--rank", "4", "--dropout", "0.3", "--dtype", "fp32", "--warmup", "0")
@@ -270,6 +273,95 @@ def test_early_stopping_counts_on_and_the_best_adapter_is_kept(model, data, tmp_
     assert "the adapter of step 2 is kept" in result.stdout
 
 
+def test_records_between_two_logs_are_the_same(model, data, tmp_path):
+    words = ("--steps", "10", "--logging-steps", "4", "--save-steps", "3", "--keep", "9")
+    assert invoke("train", model, data, "-o", tmp_path, *OPTIONS, *words).exit_code == 0
+    before = losses(tmp_path)
+    assert [r["step"] for r in records(tmp_path)] == [3, 4, 6, 8, 9, 10]
+    checkpoints.clear(tmp_path, after=6)
+    assert invoke("train", "--resume", "-o", tmp_path).exit_code == 0
+    assert losses(tmp_path) == before
+
+
+def test_other_examples_are_refused(copied, tmp_path):
+    settings = copied / "settings.yaml"
+    fewer = tmp_path / "fewer.jsonl"
+    fewer.write_text(json.dumps({"prompt": "one", "completion": "two"}))
+    lines = [
+        f"data: {fewer}" if "data:" in line else line for line in settings.read_text().split("\n")
+    ]
+    settings.write_text("\n".join(lines))
+    result = invoke("train", "--resume", "-o", copied, "--steps", "20")
+    assert result.exit_code == 2
+    assert "data must have the examples that the run began with" in one_line(result)
+
+
+@pytest.mark.parametrize(
+    "moment", ["scoring first", "an evaluation", "the last save", "scoring last"]
+)
+def test_interrupts_at_other_moments(moment, model, data, tmp_path, monkeypatch):
+    """The same process; what a signal may hit is made to raise it."""
+    words = ("--steps", "6", "--eval-share", "0.2", "--eval-steps", "3", "--early-stopping", "9")
+    calls = {"evaluate": 0}
+    evaluate, save = AdapterTrainer.evaluate, fastlora.save_adapter
+    # the best adapter is another than the last, so that it is loaded; its score is on record
+    at = {"scoring first": 1, "an evaluation": 2, "scoring last": 4}.get(moment)
+
+    def evaluating(trainer, *args, **kwargs):
+        calls["evaluate"] += 1
+        if calls["evaluate"] == at:
+            signal.raise_signal(signal.SIGINT)
+        return evaluate(trainer, *args, **kwargs)
+
+    def saving(root, folder, *args):
+        if moment == "the last save" and Path(folder) == tmp_path:
+            signal.raise_signal(signal.SIGINT)
+        return save(root, folder, *args)
+
+    monkeypatch.setattr(AdapterTrainer, "evaluate", evaluating)
+    monkeypatch.setattr(fastlora, "save_adapter", saving)
+    if moment == "scoring last":
+        words = ("--steps", "6")  # the training examples are scored after the last step
+        at = 2
+    result = invoke("train", model, data, "-o", tmp_path, *OPTIONS, *words)
+    assert result.exit_code == 130
+    if moment == "scoring first":
+        assert one_line(result) == "fastlora: interrupted before the first checkpoint\n"
+        return
+    step = 3 if moment == "an evaluation" else 6
+    assert f"interrupted, saved at step {step}; to go on: fastlora train" in one_line(result)
+    if moment != "an evaluation":
+        assert (tmp_path / "adapter_config.json").exists()
+    monkeypatch.undo()
+    resumed = invoke("train", "--resume", "-o", tmp_path)
+    assert resumed.exit_code == 0, resumed.stderr
+    assert [r["step"] for r in records(tmp_path)] == [*range(1, 7)]
+    assert not [*tmp_path.glob(".*")]
+
+
+def test_a_reader_that_goes_away_ends_no_training(model, data, environment, tmp_path):
+    """As `fastlora train ... 2>&1 | head -1` leaves it, and tee at Ctrl-C."""
+    command = [FASTLORA, "train", model, data, "-o", tmp_path, *OPTIONS, "--steps", "4"]
+    process = subprocess.Popen(
+        [*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
+    )
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=120) == 0
+    assert (tmp_path / "loss.png").exists()
+
+
+def test_a_signal_whose_notice_nobody_reads(monkeypatch):
+    def gone(*args):
+        raise BrokenPipeError
+
+    guard = Interrupts()
+    monkeypatch.setattr("os.write", gone)
+    with guard.caught(), guard.training():
+        signal.raise_signal(signal.SIGINT)
+    assert guard.signal == signal.SIGINT
+
+
 def test_what_cannot_be_resumed_is_refused(copied, model, tmp_path):
     nothing = invoke("train", "--resume", "-o", tmp_path / "none")
     assert nothing.exit_code == 2
@@ -277,6 +369,10 @@ def test_what_cannot_be_resumed_is_refused(copied, model, tmp_path):
     other = invoke("train", "--resume", "-o", copied, "--lr", "1")
     assert other.exit_code == 2
     assert "lr must be that of the run to resume, 0.01, got 1.0" in one_line(other)
+    both = invoke("train", "--resume", "--overwrite", "-o", copied)
+    assert "resume and overwrite must not both be given" in one_line(both)
+    shorter = invoke("train", "--resume", "-o", copied, "--epochs", "0.5")
+    assert "epochs must be at least those that are done" in one_line(shorter)
     same = invoke("train", model, "--resume", "-o", copied, "--lr", "1e-2")
     assert same.exit_code == 0
 
@@ -302,3 +398,38 @@ def test_a_failed_save_is_one_line_and_keeps_what_there_is(copied, monkeypatch):
     assert "No space left on device" in one_line(result)
     assert checkpoints.newest(copied).name == "checkpoint-11"
     assert not [*copied.glob(".*")]
+
+
+def test_without_its_settings_a_run_is_not_resumed(copied):
+    (copied / "settings.yaml").unlink()
+    result = invoke("train", "--resume", "-o", copied)
+    assert result.exit_code == 2
+    assert "resume must have the settings of the run" in one_line(result)
+
+
+def test_the_best_adapter_is_kept(model, data, tmp_path):
+    """A learning rate that soon ruins what was learnt."""
+    words = (
+        "--eval-share",
+        "0.3",
+        "--eval-steps",
+        "2",
+        "--early-stopping",
+        "1",
+        "--save-steps",
+        "9",
+    )
+    words += ("--steps", "60", "--keep", "1", *OPTIONS, "--lr", "1")
+    result = invoke("train", model, data, "-o", tmp_path, *words)
+    assert result.exit_code == 0, result.stderr
+    scores = {r["step"]: r["eval_loss"] for r in records(tmp_path, "eval_loss")}
+    assert all(step % 2 == 0 for step in scores), "the best is not scored again as the last"
+    step = min(scores, key=scores.get)
+    assert step == max(scores) - 2
+    ours, best = (
+        load_file(folder / "adapter_model.safetensors")
+        for folder in (tmp_path, tmp_path / f"checkpoint-{step}")
+    )
+    assert all(torch.equal(ours[key], best[key]) for key in ours)
+    assert f"{scores[step]:.4f}" in result.stdout
+    assert f"the adapter of step {step} is kept" in result.stdout

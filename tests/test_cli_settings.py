@@ -75,9 +75,23 @@ def test_yaml_has_the_same_settings_and_the_command_line_wins(parse):
     assert parse() == (TrainSettings(), {})
 
 
+def test_the_command_line_excludes_what_the_file_has_in_its_place(parse):
+    config = "epochs: 3\neval_share: 0.1\npacking: yes\n"
+    chosen, given = parse("--steps", "2", "--eval-data", "x", "--group-by-length", config=config)
+    assert (chosen.epochs, chosen.steps) == (None, 2)
+    assert (chosen.eval_share, str(chosen.eval_data)) == (0.0, "x")
+    assert (chosen.packing, chosen.group_by_length) == (False, True)
+    assert given.keys() == {"steps", "eval_data", "group_by_length"}
+    for both in ("epochs: 3\nsteps: 2", "packing: 1\ngroup-by-length: 1"):
+        with pytest.raises(UserError, match="must not both be given"):
+            parse(config=both)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("warmup: 2.5", "warmup must be whole steps or a share below 1, got 2.5"),
+        ("eval_examples: 3", "eval-examples must have eval-data or eval-share"),
         ("{", "must be readable YAML, got"),
         ("[" * 100_000, "must be readable YAML, got"),
         ("- rank", "must hold keys with values, got list"),

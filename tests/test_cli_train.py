@@ -9,12 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_helpers import invoke, one_line, records, save_tiny_model
+from cli_helpers import (
+    invoke,
+    one_line,
+    records,
+    save_tiny_classifier,
+    save_tiny_model,
+    tiny_tokenizer,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fastlora
 from fastlora import causal_lm
-from fastlora.cli import generation, models
+from fastlora.cli import generation, models, training
 from fastlora.cli.settings import TrainSettings
 
 STEPS = 60
@@ -367,3 +374,79 @@ def test_bad_adapters(trained, model, tmp_path):
     result = invoke("generate", model, "--adapter", tmp_path, "--prompt", "one")
     assert result.exit_code == 2
     one_line(result)
+
+
+def test_options_without_a_meaning_are_refused(model, data, tmp_path):
+    out = ("-o", tmp_path / "out")
+    labelled, chat = tmp_path / "l.jsonl", tmp_path / "c.jsonl"
+    labelled.write_text("".join(f'{{"text": "one", "label": "{x}"}}\n' for x in "ab"))
+    chat.write_text('{"messages": [{"role": "assistant", "content": "one"}]}')
+    for path, words, message in (
+        (labelled, ("--packing",), "packing must be for other data, got label in"),
+        (labelled, ("--template", "chat"), "template must be for other data, got label in"),
+        (labelled, ("--full-logits",), "chunked-loss must be for other data, got label in"),
+        (chat, ("--template", "{prompt}"), "template must be for other data, got messages in"),
+        (chat, ("--labels", "a,b"), "labels must be for other data, got messages in"),
+        (data, ("--labels", "a,b"), "labels must be for other data, got prompt in"),
+        (data, ("--quantize", "none", "--flat"), "double-quant must be for quantize nf4, got none"),
+        (data, ("--report-to", "none,none"), "report-to must name trackers that are installed"),
+    ):
+        assert message in refused(model, path, *out, *words)
+
+
+def test_arguments_of_the_optimizer_and_the_trackers_reach_trainer(tmp_path):
+    settings = TrainSettings(
+        output=tmp_path, optim="sgd", weight_decay=0.25, clip=3.0, accumulation=5, report_to="a,b"
+    )
+    arguments = training._arguments(settings, torch.float32)
+    assert arguments.optim == "sgd"
+    assert arguments.weight_decay == 0.25
+    assert arguments.max_grad_norm == 3.0
+    assert arguments.gradient_accumulation_steps == 5
+    assert arguments.report_to == ["a", "b"]
+    assert training._arguments(TrainSettings(output=tmp_path), torch.float16).fp16
+
+
+@pytest.mark.parametrize("pad", [0, 7])
+def test_a_decoder_classifies_by_the_last_token_that_is_no_padding(pad, tmp_path):
+    """Whatever pads: its loss is the same one by one and in a batch."""
+    folder = save_tiny_model(tmp_path / "model", pad_token_id=3)
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+    tokenizer.save_pretrained(folder)
+    path = tmp_path / "labelled.jsonl"
+    rows = [{"text": "one " * (i + 1), "label": i % 2} for i in range(6)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    losses = []
+    for size in ("1", "6"):
+        words = ("--batch-size", size, "--steps", "1", "--dtype", "fp32", "--rank", "4")
+        result = invoke("train", folder, path, "-o", tmp_path / size, *words)
+        assert result.exit_code == 0, result.stderr
+        losses.append(records(tmp_path / size, "eval_loss")[0]["eval_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_rows_are_cut_to_the_positions_of_the_model(tmp_path):
+    folder = save_tiny_classifier(tmp_path / "model")
+    path = tmp_path / "labelled.jsonl"
+    rows = [{"text": "one two three " * 40, "label": i % 2} for i in range(2)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = invoke("train", folder, path, "-o", tmp_path / "out", "--steps", "1", "--rank", "4")
+    assert result.exit_code == 0, result.stderr
+    assert "64 tokens at most, as many as the model has positions" in result.stdout
+    assert TrainSettings.load(tmp_path / "out").max_length == 64
+
+
+def test_classes_are_those_of_all_the_data(tmp_path):
+    """Also one that is held out whole."""
+    folder = save_tiny_classifier(tmp_path / "model")
+    path = tmp_path / "labelled.jsonl"
+    rows = [{"text": f"one {i}", "label": "ab"[i % 2]} for i in range(9)]
+    path.write_text(
+        "".join(json.dumps(row) + "\n" for row in [*rows, {"text": "x", "label": " c "}])
+    )
+    for seed in range(3):
+        words = ("--steps", "1", "--rank", "4", "--eval-share", "0.5", "--seed", seed)
+        result = invoke("train", folder, path, "-o", tmp_path / str(seed), *words)
+        assert result.exit_code == 0, result.stderr
+        assert TrainSettings.load(tmp_path / str(seed)).labels == "a,b,c"
