@@ -40,15 +40,14 @@ $(STAMP)-venv:
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@touch $@
 
-# most of what is installed is never imported: Python compiles what is
 $(STAMP)-torch: $(STAMP)-venv
-	$(PIP) install --no-compile "$(TORCH)"
+	$(PIP) install "$(TORCH)"
 	@$(PY) -c 'from importlib.metadata import version as v; print("torch==" + v("torch"))' > $(STAMP)-constraints
 	@touch $@
 
 # the constraint makes pip fail rather than exchange the torch that was chosen
 $(STAMP)-hf $(STAMP)-all: $(STAMP)-%: $(STAMP)-torch $(SOURCES)
-	$(PIP) install --no-compile --constraint $(STAMP)-constraints --editable ".[$*]"
+	$(PIP) install --constraint $(STAMP)-constraints --editable ".[$*]"
 	@$(PY) -c 'from fastlora import native; native.available() or print("note:", native.unavailable_reason())'
 	@touch $@
 
