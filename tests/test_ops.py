@@ -179,7 +179,8 @@ def test_non_contiguous_inputs(base, p):
     torch.manual_seed(1)
     got = run(t, base, p)
     for name, value in expected.items():
-        torch.testing.assert_close(got[name], value)
+        # a GEMM may sum in another order over other strides, by the CPU's maker
+        assert_as_accurate(got[name], value, value.double())
 
 
 def test_expanded_gradient_and_many_leading_dimensions():
