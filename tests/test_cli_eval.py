@@ -327,7 +327,7 @@ def test_what_is_missing_or_does_not_fit(model, adapter, classifier, pairs, labe
     classifies = ("--adapter", classifier)
     for words, message in (
         ((), "data must be given"),
-        ((pairs,), "model must be given where there is no adapter"),
+        ((pairs,), "model and data must be given where there is no adapter"),
         (("none", pairs), "model must be a folder with config.json"),
         ((model, "none.jsonl"), "got none.jsonl (No such file or directory)"),
         ((model, bad), "bad.jsonl, line 5: must be JSON"),

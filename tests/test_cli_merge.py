@@ -195,6 +195,8 @@ def test_classifiers(kind, model, tmp_path):
     if kind == "encoder":
         tokenizer = AutoTokenizer.from_pretrained(model)
         sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1)
+        # fewer positions than the built-in sentences have tokens
+        sizes |= dict(max_position_embeddings=32)
         config = BertConfig(**sizes, num_attention_heads=2, vocab_size=len(tokenizer))
         torch.manual_seed(0)
         BertForSequenceClassification(config).save_pretrained(tmp_path / "bert")
@@ -213,8 +215,11 @@ def test_classifiers(kind, model, tmp_path):
     assert loaded.config.id2label == {0: "low", 1: "high"}
     expected = logits(unmerged(adapter, ("low", "high")))
     torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-4)
-    # by its own classes
-    assert invoke("eval", output, data, "--quantize", "none").exit_code == 0
+    # by its own classes, as it is stored
+    alone = invoke("eval", output, data, "--json", tmp_path / "alone.json")
+    assert alone.exit_code == 0, alone.stderr
+    assert "dense" in alone.stdout
+    assert json.loads((tmp_path / "alone.json").read_text())["quantize"] == "none"
 
 
 # --- what is measured ------------------------------------------------------------------------

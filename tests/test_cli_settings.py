@@ -99,7 +99,7 @@ def test_the_command_line_excludes_what_the_file_has_in_its_place(parse):
         ("1: 2\n? [a]\n: 3", "must"),
         ("rnak: 8", "keys must be settings, got rnak, did you mean rank"),
         ("learning_rate: 8", "keys must be settings, got learning_rate"),
-        ("wat: 8", "got wat; there are model, data, rank"),
+        ("wat: 8", "got wat; there are model, data, output, rank"),
         ("rank: 8.5", "'--rank'"),
         ("rank: true", "'--rank'"),
         ("rank: 0", "'--rank'"),

@@ -321,7 +321,10 @@ def _form(record: _Record, where: str, fields: Mapping[str, str]) -> Form:
             if names == {*needed}:
                 return form
     choices = "; ".join(" and ".join(names) for names in FORMS.values())
-    raise UserError(f"{where}: must have the fields of one of {choices}, got {_list(record)}")
+    raise UserError(
+        f"{where}: must have the fields of one of {choices}, got {_list(record)}; --fields gives "
+        "their names here"
+    )
 
 
 def _example(record: _Record, form: Form, where: str, fields: Mapping[str, str]) -> Example:

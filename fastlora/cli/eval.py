@@ -84,6 +84,8 @@ def eval(
         model, data = None, model
     if data is None:
         raise UserError("data must be given, got none")
+    if model is None and adapter is None:
+        raise UserError(f"model and data must be given where there is no adapter, got only {data}")
     if json not in (None, _STDOUT):
         _check_file(json)
     settings = runs.settings_of(

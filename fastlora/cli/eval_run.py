@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ def run(
     labels = _classes(data, settings, adapter)
     base = runs.load(settings, adapter, labels)
     models.describe(base, settings)
+    settings = replace(settings, max_length=min(settings.max_length, base.positions))
     about = {
         "model": settings.model,
         "adapter": None if adapter is None else str(adapter),

@@ -73,7 +73,7 @@ def run(
     labels = settings.classes
     base = runs.load(settings, adapter, labels)
     models.describe(base, settings)
-    rows = _rows(base, settings, data)
+    rows = _rows(base, replace(settings, max_length=min(settings.max_length, base.positions)), data)
     with console.status("measuring the unmerged model"):
         before = [_logits(base, row) for row in rows]
         with fastlora.disable_adapters(base.model):
@@ -126,7 +126,9 @@ def compare(before: Iterable[Tensor], after: Iterable[Tensor]) -> Drift:
 
 def _rows(base: Base, settings: TrainSettings, data: Data | None) -> list[list[int]]:
     """Token ids of the texts to measure on, as many as their logits leave room for."""
-    rows = [base.tokenizer(text, verbose=False).input_ids for text in SENTENCES]
+    rows = [
+        base.tokenizer(text, verbose=False).input_ids[: settings.max_length] for text in SENTENCES
+    ]
     if data is not None:
         if base.labels:
             dataset = encoding.encode_labelled(

@@ -322,7 +322,8 @@ def _check_quantised(source: Source, model: PreTrainedModel, settings: TrainSett
         if not isinstance(layer, fastlora.nn.Linear4bit):
             continue
         got = layer.blocksize, layer.nf4.nested
-        if got != wanted:
+        # the defaults ask for nothing
+        if wanted not in (got, (TrainSettings.blocksize, TrainSettings.double_quant)):
             raise UserError(
                 f"blocksize and double-quant must be those of {source.name}, {got[0]} and "
                 f"{got[1]}, got {wanted[0]} and {wanted[1]}"

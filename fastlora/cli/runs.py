@@ -1,6 +1,7 @@
 """A model with the adapter of a run, for the commands that use what `fastlora train` made."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,7 +36,11 @@ FieldsOption = Annotated[
     ),
 ]
 QuantizeOption = Annotated[
-    Quantize | None, typer.Option(help="How the frozen weights are kept.", **_as_trained)
+    Quantize | None,
+    typer.Option(
+        help="How the frozen weights are kept.",
+        show_default="as in training; without an adapter as they are stored",
+    ),
 ]
 DtypeOption = Annotated[
     Dtype | None,
@@ -50,7 +55,8 @@ def settings_of(model: str | None, adapter: Path | None, **given: Any) -> TrainS
     Args:
         model: folder, file or name; None: the one that the adapter was trained on.
         adapter: its folder, if there is one.
-        **given: settings to use instead; None: those of the run.
+        **given: settings to use instead; None: those of the run, or without one the defaults, but
+            with weights as they are stored.
 
     Returns:
         The settings, with a model.
@@ -61,7 +67,9 @@ def settings_of(model: str | None, adapter: Path | None, **given: Any) -> TrainS
     if adapter is None:
         if model is None:
             raise UserError("model must be given where there is no adapter that names it")
-        return TrainSettings(model=model, **{k: v for k, v in given.items() if v is not None})
+        chosen = {name: value for name, value in given.items() if value is not None}
+        # a model that stands alone, such as a merged one, is taken as it is
+        return TrainSettings(**{"quantize": "none"} | chosen, model=model)
     if not (adapter / _CONFIG_FILE).is_file():
         raise UserError(f"adapter must be a folder with {_CONFIG_FILE}, got {adapter}")
     settings = TrainSettings.load(adapter, model=model, **given)
@@ -89,7 +97,10 @@ def load(settings: TrainSettings, adapter: Path | None, labels: tuple[str, ...] 
     from fastlora.cli import models
 
     _check_task(adapter, bool(labels))
-    base = models.load(models.find(settings.model, labelled=bool(labels)), settings, labels)
+    source = models.find(settings.model, labelled=bool(labels))
+    if adapter is None and source.nf4:
+        settings = replace(settings, quantize="nf4")  # as it is stored
+    base = models.load(source, settings, labels)
     models.add_adapter(base, adapter)
     return base
 

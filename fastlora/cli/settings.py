@@ -54,6 +54,13 @@ class TrainSettings:
         ),
     ] = None
 
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="Folder for the adapter and all else; needed, here or in YAML."
+        ),
+    ] = None
+
     rank: Annotated[int, _adapter(help="Rank of the adapters.", **_count)] = 16
     alpha: Annotated[float, _adapter(help="Updates are scaled by alpha / rank.", **_amount)] = 32
     dropout: Annotated[float, _adapter(help="Dropout on the adapters' input.", **_share)] = 0.0
@@ -80,7 +87,8 @@ class TrainSettings:
         Dtype,
         _base(
             metavar="TYPE",
-            help="Compute in fp32, bf16 or fp16; auto: bf16 where the hardware has it, else fp32.",
+            help="Compute in fp32, bf16 or fp16; auto: bf16 for language models where the hardware "
+            "has it, else fp32.",
         ),
     ] = "auto"
     gradient_checkpointing: Annotated[
@@ -180,9 +188,6 @@ class TrainSettings:
         ),
     ] = None
 
-    output: Annotated[
-        Path | None, _run("--output", "-o", help="Folder for the adapter and all else.")
-    ] = None
     save_steps: Annotated[int, _run(help="Steps between checkpoints.", **_count)] = 100
     keep: Annotated[int, _run(help="Checkpoints to keep.", **_count)] = 2
     logging_steps: Annotated[int, _run(help="Steps a line of metrics.jsonl.", **_count)] = 1

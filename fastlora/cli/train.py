@@ -68,6 +68,9 @@ def train(
 
     training.refuse_many_processes()
     training.check_trackers(settings.report_to)
+    if examples.form == "label" and settings.dtype == "auto":
+        # the head of a classifier is trained whole, and in 16 bits small updates would be lost
+        settings = dataclasses.replace(settings, dtype="fp32")
     settings = dataclasses.replace(
         settings, dtype=models.pick_dtype(settings.dtype), **_resolved(settings, examples)
     )
@@ -80,6 +83,8 @@ def train(
     models.describe(base, settings)
     if base.fresh:
         note("head", f"{', '.join(base.fresh)} start at random")
+    if examples.form == "prompt" and settings.template != CHAT and base.tokenizer.chat_template:
+        note("hint", "the model has a chat template, which --template chat puts prompts into")
     if base.positions < settings.max_length:
         note("length", f"{base.positions} tokens at most, as many as the model has positions")
         settings = dataclasses.replace(settings, max_length=base.positions)

@@ -6,7 +6,6 @@ import re
 import shlex
 import signal
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -211,7 +210,8 @@ def summarise(result: Result, task: Task, output: Path) -> None:
     losses = [r["loss"] for r in result.records if r["loss"] is not None]
     first_last = f"{losses[0]:.4f} → {losses[-1]:.4f}" if losses else "never finite"
     skipped = sum(r["skipped"] for r in result.records)
-    note("loss", first_last + (f", {skipped} steps skipped" if skipped else ""))
+    lost = f", {skipped} steps skipped" if skipped else ""
+    note("loss", f"{first_last} from the first to the last step{lost}")
     note(
         "speed",
         f"{steps} in {duration(last['seconds'])}: {result.step_seconds:.3g} s a step, "
@@ -295,12 +295,12 @@ def _train(
     interrupts: Interrupts,
     checkpoint: Path | None,
 ) -> None:
-    with (
-        interrupts.training(),
-        suppress(AllDone),
-        reported(torch.OutOfMemoryError, about="the GPU must have more memory: ", exit_code=1),
-    ):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    memory = reported(torch.OutOfMemoryError, about="the GPU must have more memory: ", exit_code=1)
+    try:
+        with interrupts.training(), memory:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except AllDone:
+        note("done", f"all {trainer.state.max_steps} steps; --steps or --epochs take it further")
     if interrupts.signal is not None and trainer.state.global_step < trainer.state.max_steps:
         raise KeyboardInterrupt
 
