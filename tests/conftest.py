@@ -105,6 +105,15 @@ def isa(request: pytest.FixtureRequest):
     native.use_isa(before)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Matrices of tiny models are faster without threads, many times so on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def threads():
     """Give the number of threads back after the test."""

@@ -20,13 +20,7 @@ PAIRS = {"one": "two three", "four": "five six", "seven": "eight nine ten done",
 CLASSES = {"one two three": "low", "two": "low", "nine ten": "high", "done done ten nine": "high"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Matrices this small are faster without threads, many times so on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,8 @@ from fastlora.cli.guards import MOST_SKIPPED, NonFinite, SilentAdapters
 from fastlora.cli.trainer import AdapterTrainer
 from fastlora.nn import LoraLinear
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 OPTIONS = ("--lr", "1e-2", "--rank", "4", "--dtype", "fp32", "--warmup", "0", "--batch-size", "2")
 
 

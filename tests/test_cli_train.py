@@ -29,13 +29,7 @@ OPTIONS = ("--dtype", "fp32", "--lr", "1e-2", "--batch-size", "4", "--rank", "8"
 PAIRS = {"one": "two three", "four": "five six", "seven": "eight nine", "ten": "done"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Matrices this small are faster without threads, many times so on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

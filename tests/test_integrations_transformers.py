@@ -604,6 +604,7 @@ def test_names_that_end_alike_are_told_apart(tmp_path):
     assert type(skipped) is nn.Linear
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_compiled_blocks_keep_their_names(tmp_path):
     model = quantize_model(llama())
     before = model.state_dict()

@@ -6,6 +6,7 @@ imports what is heavy (torch, transformers) when it runs.
 """
 
 import inspect
+import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
@@ -86,4 +87,8 @@ def main() -> None:
     """Entry point of the installed `fastlora`."""
     # what a terminal cannot write becomes a question mark, not an error
     sys.stdout.reconfigure(errors="replace")
-    app(prog_name="fastlora")
+    try:
+        app(prog_name="fastlora")
+    finally:
+        # one more Ctrl-C must not break into an exit that is under way
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
