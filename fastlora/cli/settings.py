@@ -75,7 +75,9 @@ class TrainSettings:
         bool, _adapter("--rslora/--no-rslora", help="Scale by alpha / sqrt(rank).")
     ] = False
 
-    quantize: Annotated[Quantize, _base(help="How the frozen weights are kept.")] = "nf4"
+    quantize: Annotated[
+        Quantize, _base(metavar="KIND", help="How the frozen weights are kept: nf4 or none.")
+    ] = "nf4"
     blocksize: Annotated[
         int,
         _base(metavar="N", help="Weights that share one NF4 scale: a power of 2 from 32 to 4096."),
@@ -94,7 +96,7 @@ class TrainSettings:
     gradient_checkpointing: Annotated[
         bool,
         _base(
-            "--gradient-checkpointing/--no-checkpointing",
+            "--gradient-checkpointing/--no-gc",
             help="Recompute activations: less memory, more time.",
         ),
     ] = False
