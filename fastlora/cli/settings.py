@@ -109,7 +109,7 @@ class TrainSettings:
         str | None,
         _data(
             metavar="NAMES",
-            help="What fields are called in the data: prompt=question,completion=answer.",
+            help="What fields are called in the data, with commas between: prompt=question.",
         ),
     ] = None
     labels: Annotated[
