@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ class Dataset:
         """All tokens of all examples."""
         return sum(len(example["input_ids"]) for example in self.examples)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """sha256 of all ids and labels: a run goes on with the very same examples."""
         total = hashlib.sha256()

@@ -11,7 +11,7 @@ import typer
 from fastlora.atomic import replace_file
 from fastlora.cli import runs
 from fastlora.cli.console import UserError, console, reported, require
-from fastlora.cli.data import parse_fields, read
+from fastlora.cli.data import read
 
 _STDOUT = Path("-")
 
@@ -98,7 +98,7 @@ def eval(
         quantize=quantize,
         dtype=dtype,
     )
-    rows = read(Path(data), parse_fields(settings.fields) if settings.fields else None)
+    rows = read(Path(data), settings.field_names)
     require("transformers", "accelerate", *(["sklearn"] if rows.form == "label" else []))
     from fastlora.cli import eval_run
 

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from fastlora.cli import runs
 from fastlora.cli.console import UserError, check_text, console, reported, require
-from fastlora.cli.data import parse_fields, read_prompts
+from fastlora.cli.data import read_prompts
 from fastlora.cli.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -117,10 +117,10 @@ def _check_new(output: Path) -> None:
 
 def _fields(settings: TrainSettings, path: Path) -> dict[str, str]:
     """Those of the run that prompts have."""
-    if not settings.fields or path.suffix.lower() == ".txt":
+    if path.suffix.lower() == ".txt":
         return {}
-    fields = parse_fields(settings.fields)
-    return {ours: theirs for ours, theirs in fields.items() if ours in ("prompt", "messages")}
+    names = settings.field_names
+    return {ours: theirs for ours, theirs in names.items() if ours in ("prompt", "messages")}
 
 
 def _opened(output: Path | None) -> Any:

@@ -7,7 +7,7 @@ import typer
 
 from fastlora.cli import runs
 from fastlora.cli.console import check_output, require
-from fastlora.cli.data import parse_fields, read
+from fastlora.cli.data import read
 
 Format = Literal["bf16", "fp16", "fp32", "nf4"]
 
@@ -46,7 +46,7 @@ def merge(
     )
     data = None
     if check_data is not None:
-        data = read(check_data, parse_fields(settings.fields) if settings.fields else None)
+        data = read(check_data, settings.field_names)
     require("transformers", "accelerate")
     from fastlora.cli import merging
 

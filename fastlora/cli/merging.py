@@ -17,7 +17,7 @@ from fastlora.cli.console import UserError, console, note, reported, size
 from fastlora.cli.data import Data
 from fastlora.cli.models import DTYPES, Base
 from fastlora.cli.settings import TrainSettings
-from fastlora.integrations.transformers import save_nf4
+from fastlora.integrations.transformers import write_nf4
 
 SENTENCES = (
     "The river had risen in the night, and by morning the lower fields were under water.",
@@ -191,10 +191,7 @@ def _write(base: Base, output: Path, format: str) -> None:
             output.rmdir()  # empty; it comes back whole
         with replaced_folder(output) as folder:
             if format == "nf4":
-                staged = save_nf4(base.model, folder / "model")
-                for file in [*staged.iterdir()]:
-                    file.rename(folder / file.name)
-                staged.rmdir()
+                write_nf4(base.model, folder)
             else:
                 base.model.save_pretrained(folder)
             base.tokenizer.save_pretrained(folder)

@@ -136,7 +136,7 @@ class RunLog(TrainerCallback):
         if "loss" not in logs:
             return
         record = self._record(state, logs)
-        self.add(record)
+        self._add(record)
         self._bar.show(state.global_step, state.max_steps, record)
 
     def on_evaluate(
@@ -148,7 +148,7 @@ class RunLog(TrainerCallback):
         **kwargs: object,
     ) -> None:
         """Record an evaluation; its time is not that of the next step."""
-        self.add({"step": state.global_step} | metrics)
+        self._add({"step": state.global_step} | metrics)
         note("eval", f"step {state.global_step}: " + in_words(metrics))
         self._last = time.perf_counter()
 
@@ -162,15 +162,15 @@ class RunLog(TrainerCallback):
         """The time of saving is not that of the next step."""
         self._last = time.perf_counter()
 
-    def add(self, record: Record) -> None:
-        """Append a line to the file."""
+    def _add(self, record: Record) -> None:
         self.records.append(record)
         with reported(OSError, exit_code=1), self._path.open("ab") as file:
             file.write(_lines([record]))
 
     def _record(self, state: TrainerState, logs: dict[str, float]) -> Record:
         now = time.perf_counter()
-        before = self.steps[-1] if self.steps else {"step": 0, "tokens": 0, "seconds": 0.0}
+        start = {"step": 0, "tokens": 0, "seconds": 0.0}
+        before = next((r for r in reversed(self.records) if "loss" in r), start)
         steps, tokens = state.global_step - before["step"], state.num_input_tokens_seen
         skipped = sum(step > before["step"] for step in self._skipped)
         record = {

@@ -14,6 +14,7 @@ import typer
 
 from fastlora.atomic import replace_file
 from fastlora.cli.console import UsageError, UserError, check_text, reported, require
+from fastlora.cli.data import parse_fields
 from fastlora.codebooks import BLOCKSIZES
 
 Quantize = Literal["nf4", "none"]
@@ -234,6 +235,11 @@ class TrainSettings:
     def classes(self) -> tuple[str, ...]:
         """The labels, one by one; empty for a language model."""
         return tuple(name.strip() for name in (self.labels or "").split(",") if name.strip())
+
+    @property
+    def field_names(self) -> dict[str, str]:
+        """Our name of a field -> the file's, where they differ; see `data.parse_fields`."""
+        return parse_fields(self.fields) if self.fields else {}
 
     def save(self, folder: Path) -> None:
         """Write settings.yaml, which `--config` reads.

@@ -60,7 +60,7 @@ def train(
     for name in ("model", "data"):
         if getattr(settings, name) is None:
             raise UserError(f"{name} must be given, got none: as an argument, or in the config")
-    examples = data.read(settings.data, _fields(settings))
+    examples = data.read(settings.data, settings.field_names)
     _check_used(settings, examples)
     require("transformers", "accelerate", "matplotlib", "sklearn")
     # transformers takes seconds to import, so what needs it comes after the quick checks
@@ -116,10 +116,6 @@ def _checkpoint(output: Path) -> Path:
     return newest
 
 
-def _fields(settings: TrainSettings) -> dict[str, str] | None:
-    return data.parse_fields(settings.fields) if settings.fields else None
-
-
 def _check_used(settings: TrainSettings, examples: data.Data) -> None:
     """What is asked for must have a meaning for this data, and beside the other settings."""
     data_reason = f"for other data, got {examples.form} in {settings.data}"
@@ -141,7 +137,7 @@ def _divided(settings: TrainSettings, examples: data.Data) -> tuple[data.Data, d
     """The training examples, and those that are held out."""
     held_out = None
     if settings.eval_data:
-        held_out = data.read(settings.eval_data, _fields(settings))
+        held_out = data.read(settings.eval_data, settings.field_names)
         if held_out.form != examples.form:
             raise UserError(
                 f"eval-data must be {examples.form} as the data, got {held_out.form} in "

@@ -146,22 +146,28 @@ def save_nf4(
         ValueError: the model is not one of transformers, has adapters, no 4-bit layers, or tensors
             without values.
     """
-    root = unwrap(model)
-    _check_savable(root)
-    layers = {path: m for path, m in root.named_modules() if isinstance(m, Linear4bit)}
-    if not layers:
-        raise ValueError(f"the model must have 4-bit layers, got none in {type(root).__name__}")
-    skipped = _skip_modules(root, layers)
+    parts = _savable(model)
     with replaced_folder(Path(folder)) as new:
-        with _never_quantised(root):
-            root.save_pretrained(
-                new, state_dict=_bnb_state(root, layers), max_shard_size=max_shard_size
-            )
-        file = new / _CONFIG
-        config = json.loads(file.read_bytes())
-        config["quantization_config"] = _quantization_config(layers, skipped)
-        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        _write(*parts, new, max_shard_size)
     return Path(folder)
+
+
+def write_nf4(
+    model: nn.Module, folder: str | os.PathLike[str], max_shard_size: int | str = "5GB"
+) -> None:
+    """Write the files of `save_nf4` into a folder that is there, beside what else it has.
+
+    Args:
+        model: as in `save_nf4`.
+        folder: exists; whoever made it sees to it that it is complete or not there.
+        max_shard_size: as in `save_nf4`.
+
+    Raises:
+        NotImplementedError: as in `save_nf4`.
+        OSError: the files cannot be written.
+        ValueError: as in `save_nf4`.
+    """
+    _write(*_savable(model), Path(folder), max_shard_size)
 
 
 class NF4Quantizer(HfQuantizer):
@@ -373,6 +379,33 @@ def _never_quantised(root: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         vars(root).update(hidden)
+
+
+def _savable(model: nn.Module) -> tuple[nn.Module, dict[str, Linear4bit], list[str]]:
+    """The unwrapped model, its 4-bit layers by path, and the names that bitsandbytes must skip."""
+    root = unwrap(model)
+    _check_savable(root)
+    layers = {path: m for path, m in root.named_modules() if isinstance(m, Linear4bit)}
+    if not layers:
+        raise ValueError(f"the model must have 4-bit layers, got none in {type(root).__name__}")
+    return root, layers, _skip_modules(root, layers)
+
+
+def _write(
+    root: nn.Module,
+    layers: dict[str, Linear4bit],
+    skipped: list[str],
+    folder: Path,
+    max_shard_size: int | str,
+) -> None:
+    with _never_quantised(root):
+        root.save_pretrained(
+            folder, state_dict=_bnb_state(root, layers), max_shard_size=max_shard_size
+        )
+    file = folder / _CONFIG
+    config = json.loads(file.read_bytes())
+    config["quantization_config"] = _quantization_config(layers, skipped)
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _check_savable(root: nn.Module) -> None:
