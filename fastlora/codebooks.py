@@ -35,14 +35,55 @@ def dynamic_map(device: torch.device | str = "cpu") -> Tensor:
     Decade e in 10^-6 .. 10^0 is cut into 2^(e+6) equal intervals between 0.1 and 1, whose centres
     are codes with both signs; 0 and 1 complete them, so that there is no -1.
     """
+    magnitudes = _magnitudes(1)
+    return torch.cat([magnitudes, -magnitudes, _ENDS]).sort().values.to(device)
+
+
+@cache
+def unsigned_dynamic_map(device: torch.device | str = "cpu") -> Tensor:
+    """The unsigned 8-bit dynamic type, fp32 [256], ascending: twice the intervals, no signs."""
+    return torch.cat([_magnitudes(2), _ENDS]).sort().values.to(device)
+
+
+_ENDS = torch.tensor([0.0, 1.0], dtype=torch.float32, device="cpu")
+
+
+def _magnitudes(intervals: int) -> Tensor:
     positive = []
     for bits in range(7):
-        edges = torch.linspace(0.1, 1, 2**bits + 1, dtype=torch.float32, device="cpu")
+        count = intervals * 2**bits
+        edges = torch.linspace(0.1, 1, count + 1, dtype=torch.float32, device="cpu")
         positive.append(10.0 ** (bits - 6) * ((edges[:-1] + edges[1:]) / 2))
-    magnitudes = torch.cat(positive)
-    ends = torch.tensor([0.0, 1.0], dtype=torch.float32, device="cpu")
-    codes = torch.cat([magnitudes, -magnitudes, ends])
-    return codes.sort().values.to(device)
+    return torch.cat(positive)
+
+
+def midpoints(codes: Tensor) -> Tensor:
+    """Where the nearest code changes, fp32 [255]: a code is the number of midpoints below."""
+    codes = codes.double()
+    return ((codes[:-1] + codes[1:]) / 2).float()
+
+
+@cache
+def code_guess(signed: bool, device: torch.device | str = "cpu") -> Tensor:
+    """The code of a number, or the one below it, by the upper 16 bits of its fp32.
+
+    So that nothing is searched: the code is g + (x > midpoints[g]), g being the guess. No bucket
+    of numbers that share their upper 16 bits holds two midpoints.
+
+    Args:
+        signed: of `dynamic_map`, else of `unsigned_dynamic_map`.
+        device: where.
+
+    Returns:
+        uint8 [65536].
+    """
+    upper = torch.arange(65536, dtype=torch.int64, device="cpu") << 16
+    # the lowest number of a bucket: negative ones grow in magnitude with their lower bits
+    lowest = torch.where(upper >= 1 << 31, upper | 0xFFFF, upper)
+    lowest = torch.where(lowest >= 1 << 31, lowest - (1 << 32), lowest).int().view(torch.float32)
+    edges = midpoints(dynamic_map() if signed else unsigned_dynamic_map())
+    guess = torch.bucketize(lowest.nan_to_num(0.0), edges)
+    return guess.clamp(max=254).to(torch.uint8).to(device)
 
 
 @cache
