@@ -6,10 +6,10 @@ Nothing is padded, so that blocks of 256 moments do not depend on how large sing
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,9 +24,11 @@ class Flat:
 
     Attributes:
         sizes: elements of each parameter, in their order.
+        cache: what backends make of it, once.
     """
 
     sizes: tuple[int, ...]
+    cache: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
@@ -159,18 +161,3 @@ def moments(buffer: Tensor, numel: int, bits: StateBits) -> Moments:
     m_scale, v_scale = buffer[: 8 * blocks].view(torch.float32).view(2, blocks)
     m, v = buffer[8 * blocks : 8 * blocks + 2 * numel].view(2, numel)
     return Moments(m, v, m_scale, v_scale)
-
-
-def clear(some: Moments) -> None:
-    """Set moments to zero: the 8-bit code of zero is not 0.
-
-    Args:
-        some: of any span; overwritten.
-    """
-    for t in some.tensors():
-        t.zero_()
-    if some.m_scale is not None:
-        some.m.fill_(ZERO_CODE)
-
-
-ZERO_CODE = 127  # of the signed dynamic map

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastlora.codebooks import dynamic_map, midpoints, unsigned_dynamic_map
-from fastlora.optim.flat import BLOCK, ZERO_CODE, Moments, Step
+from fastlora.optim.flat import BLOCK, Moments, Step
 
 
 def prepare(step: Step) -> Step:
@@ -47,7 +47,8 @@ def _update(w: Tensor, g: Tensor, m: Tensor, v: Tensor, hypers: list[float]) -> 
     g = g.float() * sign
     m.copy_(m + rest1 * (g - m))
     v.copy_(beta2 * v + (rest2 * g) * g)
-    w.copy_(w.float() * decay - step_size * (m / (v.sqrt() * correction + eps)))
+    root = v.double().sqrt().float()  # torch's fp32 root on CPUs is not always the nearest one
+    w.copy_(w.float() * decay - step_size * (m / (root * correction + eps)))
 
 
 def decode(moments: Moments) -> Moments:

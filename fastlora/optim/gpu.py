@@ -1,0 +1,84 @@
+"""A step of an optimizer by our Triton kernels: one launch for a span, whatever it holds."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fastlora.codebooks import code_guess, dynamic_map, midpoints, unsigned_dynamic_map
+from fastlora.kernels import adamw as kernels
+from fastlora.kernels.adamw import TABLE_TILE, Table
+from fastlora.optim.flat import Flat, Moments, Step
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a step needs on the device.
+
+    Attributes:
+        table: addresses and hyperparameters.
+        step: keeps the tensors that they belong to.
+    """
+
+    table: Table
+    step: Step = field(repr=False)
+
+
+def prepare(step: Step) -> Prepared:
+    """Bring addresses and hyperparameters of a step to the device, in one copy.
+
+    Args:
+        step: of parameters on one device.
+
+    Returns:
+        What `adamw` takes.
+    """
+    device = step.params[0].device
+    weights = [w.data_ptr() for w in step.params]
+    grads = [0 if g is None else g.data_ptr() for g in step.grads]
+    numbers = torch.tensor([weights, grads, step.rows], dtype=torch.int64)
+    P, rows = len(weights), len(step.hypers)
+    numbers = torch.cat([numbers.view(-1), step.hypers.view(torch.int64).view(-1)])
+    if device.type == "cuda":
+        numbers = numbers.pin_memory().to(device, non_blocking=True)
+    starts, tiles, aligned = _layout(step.flat, device)
+    table = Table(
+        pointers=numbers[: 3 * P].view(3, P),
+        starts=starts,
+        tiles=tiles,
+        hypers=numbers[3 * P :].view(torch.float32).view(rows, 8),
+        dtype=step.params[0].dtype,
+        aligned=aligned and not any(address % 16 for address in (*weights, *grads)),
+    )
+    return Prepared(table, step)
+
+
+def adamw(prepared: Prepared, first: int, moments: Moments) -> None:
+    """Update a span of the parameters and its moments: see `reference.adamw`.
+
+    Args:
+        prepared: from `prepare`; its parameters are overwritten.
+        first: where the span begins; with 8-bit moments a multiple of 256.
+        moments: those of the span; overwritten.
+    """
+    if moments.numel == 0:
+        return
+    if moments.m_scale is None:
+        kernels.adamw32(prepared.table, first, moments.m, moments.v)
+    else:
+        kernels.adamw8(prepared.table, first, moments.tensors(), _maps(moments.m.device))
+
+
+def _layout(flat: Flat, device: torch.device) -> tuple[Tensor, Tensor, bool]:
+    """Starts and tiles of a vector on a device, made once, and whether all starts are aligned."""
+    if device not in flat.cache:
+        starts = torch.tensor(flat.starts, dtype=torch.int64, device=device)
+        aligned = not any(start % 16 for start in flat.starts)
+        flat.cache[device] = starts, flat.tiles(TABLE_TILE).to(device), aligned
+    return flat.cache[device]
+
+
+def _maps(device: torch.device) -> tuple[Tensor, ...]:
+    signed, unsigned = dynamic_map(device), unsigned_dynamic_map(device)
+    guesses = code_guess(True, device), code_guess(False, device)
+    return signed, unsigned, *guesses, midpoints(signed), midpoints(unsigned)
