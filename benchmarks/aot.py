@@ -53,6 +53,7 @@ class Compiled:
         instructions: all.
         loop: instructions of the longest innermost loop, 0 if there is none.
         unreachable: the compiler found code that can never run: it has dropped something.
+        overwritten: a load of the pipeline goes where a matrix product may still read.
         ir: its input to the assembler, PTX or AMD's assembly.
     """
 
@@ -69,6 +70,7 @@ class Compiled:
     instructions: int
     loop: int
     unreachable: bool
+    overwritten: bool
     ir: str
 
     def problems(self) -> list[str]:
@@ -79,6 +81,7 @@ class Compiled:
             f"{self.shared} bytes of shared memory, there are {limit}": self.shared > limit,
             "no store": not self.stores,
             "unreachable code": self.unreachable,
+            "a buffer too few": self.overwritten,
         }
         return [what for what, bad in found.items() if bad]
 
@@ -137,6 +140,7 @@ def _read(kernel: Any, target: str) -> Compiled:
         stages=metadata.num_stages,
         shared=metadata.shared,
         unreachable=bool(re.search(r"^\s*unreachable", asm["llir"], re.MULTILINE)),
+        overwritten=overwritten(asm["ttgir"]),
         **read(asm),
     )
 
@@ -170,6 +174,40 @@ def _read_nvidia(asm: dict[str, Any]) -> dict[str, Any]:
         "loop": _longest_loop(jumps, [a for a, text in code if _opcode(text) != "NOP"]),
         "ir": ptx,
     }
+
+
+def overwritten(ttgir: str) -> bool:
+    """Whether a pipelined load is written over what an asynchronous product reads.
+
+    Loads run so many turns ahead as stand before the loop. A product that is not waited for in its
+    turn still reads while the next load is written: then there must be one buffer more. Triton 3.6
+    forgets it for a tensor that is used elsewhere too.
+
+    Args:
+        ttgir: a kernel after the pipeliner.
+
+    Returns:
+        Whether there is a buffer too few.
+    """
+    if not re.search(r"pendings = [1-9]", ttgir):
+        return False
+    buffer = r"(%\w+) = ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x\d+x\d+x"
+    views = dict(re.findall(r"(%\w+) = ttg\.memdesc_\w+ (%\w+)", ttgir))
+    before = ttgir.partition("scf.for")[0]
+    loads = re.findall(r"async\w*_copy_global_to_local .*?, (%\w+)", before)
+    ahead = Counter(_viewed(name, views) for name in loads)
+    operands = re.findall(r"warp_group_dot (%\w+), (%\w+)", ttgir)
+    read = {_viewed(name, views) for pair in operands for name in pair}
+    return any(
+        name in read and int(count) <= ahead[name] for name, count in re.findall(buffer, ttgir)
+    )
+
+
+def _viewed(name: str, views: dict[str, str]) -> str:
+    """The buffer that a view of a view shows."""
+    while name in views:
+        name = views[name]
+    return name
 
 
 def _disassemble(cubin: bytes) -> tuple[str, str]:

@@ -28,6 +28,7 @@ from triton.errors import TritonError
 from fastlora.benchmarks.aot import TARGETS, Compiled, pretend
 from fastlora.benchmarks.report import in_words, write_text
 from fastlora.kernels import (
+    adamw,
     gemm_lora,
     lora_bwd_da,
     lora_bwd_ds_db,
@@ -37,6 +38,8 @@ from fastlora.kernels import (
     nf4_quantize,
 )
 from fastlora.kernels.common import SHARED_BYTES
+from fastlora.optim import gpu
+from fastlora.optim.flat import Flat, Step
 
 M, N, K = 8192, 14336, 4096  # tensors are never written, so their memory is never taken
 THRESHOLD = 3277  # p = 0.05
@@ -134,7 +137,7 @@ class Row:
 @cache
 def cases() -> tuple[Case, ...]:
     """Every kernel, in the order of the table; of each the plainest case comes first."""
-    found = [*_nf4()]
+    found = [*_nf4(), *_adamw()]
     for R in (8, 16, 48, 64, 128, 256):
         for threshold in (0, THRESHOLD):
             found += _lora(R, threshold)
@@ -143,31 +146,35 @@ def cases() -> tuple[Case, ...]:
 
 
 def _nf4() -> Iterator[Case]:
-    def dequant(weights: int, k: int, tail: bool, config: triton.Config) -> None:
+    def dequant(weights: int, k: int, tail: bool, nested: bool, config: triton.Config) -> None:
         blocks = 1024 * k // 64
-        packed = nf4_dequant.Packed(
-            _empty(1024 * k // 2, dtype=torch.uint8),
-            _empty(blocks, dtype=torch.uint8),
+        second = [
             _empty(blocks // 256, dtype=torch.float32),
             _empty(256, dtype=torch.float32),
             _empty(dtype=torch.float32),
+        ]
+        packed = nf4_dequant.Packed(
+            _empty(1024 * k // 2, dtype=torch.uint8),
+            _empty(blocks, dtype=torch.uint8 if nested else torch.float32),
+            *(second if nested else [None] * 3),
             1024,
         )
         ends = nf4_dequant.Tail(tuple(_empty(1024, 16) for _ in range(weights)), (2.0,) * weights)
         out = _empty(1024 * weights, k + 16 * weights * tail)
         nf4_dequant.nf4_dequant([packed] * weights, k, 64, out, ends if tail else None, config)
 
-    for variant, weights, k, tail in (
-        ("one weight", 1, K, False),
-        ("three weights", 3, K, False),
-        ("three weights, tail", 3, K, True),
-        ("odd K", 1, K - 1, False),
+    for variant, weights, k, tail, nested in (
+        ("one weight", 1, K, False, True),
+        ("three weights", 3, K, False, True),
+        ("three weights, tail", 3, K, True, True),
+        ("three weights, tail, flat", 3, K, True, False),
+        ("odd K", 1, K - 1, False, True),
     ):
         yield Case(
             "nf4_dequant",
             variant,
             nf4_dequant.configs,
-            partial(dequant, weights, k, tail),
+            partial(dequant, weights, k, tail, nested),
             tile=() if tail else ("TILE",),
             wide=("stores",) if k == K else (),
         )
@@ -179,6 +186,30 @@ def _nf4() -> Iterator[Case]:
         tile=("TILE",),
         wide=("loads",),
     )
+
+
+def _adamw() -> Iterator[Case]:
+    maps = gpu.maps(torch.device("cpu"))
+    for kind, sizes in (("aligned", (65536, 4096)), ("odd", (65, 33))):
+        params = [_empty(size) for size in sizes]
+        table = gpu.prepare(Step(Flat(sizes), params, params, [0, 0], torch.zeros(1, 8))).table
+        n, blocks = sum(sizes), -(-sum(sizes) // adamw.BLOCK)
+        floats = [_empty(n, dtype=torch.float32) for _ in range(2)]
+        codes = [_empty(n, dtype=torch.uint8) for _ in range(2)]
+        scales = [_empty(blocks, dtype=torch.float32) for _ in range(2)]
+        wide = ("loads", "stores") if kind == "aligned" else ()
+        for variant, launch in (
+            ("fp32 moments", partial(adamw.adamw32, table, 0, *floats)),
+            ("8-bit moments", partial(adamw.adamw8, table, 0, (*codes, *scales), maps)),
+        ):
+            yield Case(
+                "adamw",
+                f"{variant}, {kind}",
+                adamw.configs,
+                launch,
+                tile=("TILE",),
+                wide=wide if launch.func is adamw.adamw32 else (),
+            )
 
 
 def _lora(R: int, threshold: int) -> Iterator[Case]:

@@ -97,11 +97,15 @@ def _lora_down_kernel(
         mask_k = offs_k < K
         x_ptrs = x_ptr + offs_m[:, None] * stride_x_m + offs_k[None, :]
         a_ptrs = a_ptr + offs_r[None, :] * stride_a_r + offs_k[:, None].to(tl.int64) * stride_a_k
-        x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+        mask_mk = mask_m[:, None] & mask_k[None, :]
+        x = tl.load(x_ptrs, mask=mask_mk, other=0.0)
         a = tl.load(a_ptrs, mask=mask_k[:, None] & mask_r[None, :], other=0.0)
         if aug_ptr is not None:
             aug_ptrs = aug_ptr + offs_m[:, None] * stride_aug_m + offs_k[None, :]
             tl.store(aug_ptrs, x, mask=mask_copy[:, None] & mask_k[None, :])
+            # changes nothing, but brings x to the product in registers: Triton 3.6 has a buffer too
+            # few for an x that is stored too, and would load over the one that wgmma still reads
+            x = tl.where(mask_mk, x, 0.0)
         if state_ptr is not None:
             x = tl.where(keep_mask(seed, offset, offs_m, k0, threshold, BLOCK_K), x, 0.0)
         acc = tl.dot(x, a, acc, input_precision="ieee")

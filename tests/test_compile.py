@@ -20,7 +20,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from fastlora.benchmarks.__main__ import app
-from fastlora.benchmarks.aot import TARGETS, Compiled, pretend
+from fastlora.benchmarks.aot import TARGETS, Compiled, overwritten, pretend
 from fastlora.benchmarks.compile_report import (
     MATRIX_UNIT,
     cases,
@@ -44,6 +44,7 @@ GOOD = Compiled(
     instructions=10,
     loop=0,
     unreachable=False,
+    overwritten=False,
     ir="",
 )
 
@@ -83,11 +84,33 @@ def test_gemms_use_the_matrix_unit(rows, kernel, target):
         ({"target": "sm_86", "shared": 101_377}, "101377 bytes of shared memory, there are 101376"),
         ({"stores": {}}, "no store"),
         ({"unreachable": True}, "unreachable code"),
+        ({"overwritten": True}, "a buffer too few"),
     ],
 )
 def test_problems(change, problem):
     assert GOOD.problems() == []
     assert replace(GOOD, **change).problems() == [problem]
+
+
+# two loads run ahead of a product
+PIPELINED = """
+    %x = ttg.local_alloc : () -> !ttg.memdesc<{buffers}x64x128xbf16, #shared, #smem, mutable>
+    %x_1 = ttg.memdesc_index %x[%c0_i32] : !ttg.memdesc<64x128xbf16>
+    %x_2 = ttg.async_copy_global_to_local %ptrs, %x_1 mask %m : tensor<64x128x!tt.ptr<bf16>>
+    %x_3 = ttg.memdesc_index %x[%c1_i32] : !ttg.memdesc<64x128xbf16>
+    %x_4 = ttg.async_copy_global_to_local %ptrs, %x_3 mask %m : tensor<64x128x!tt.ptr<bf16>>
+    %acc = scf.for %k = %c0 to %n step %c1 {{
+      %x_5 = ttg.memdesc_index %x[%i] : !ttg.memdesc<64x128xbf16>
+      %acc_1 = ttng.warp_group_dot %x_5, %a, %acc_0 {{isAsync = true}} : !ttg.memdesc<64x128xbf16>
+      %acc_2:2 = ttng.warp_group_dot_wait %acc_1, %x_5 {{pendings = {pendings} : i32}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("buffers", "pendings", "expected"), [(2, 1, True), (3, 1, False), (2, 0, False)]
+)
+def test_a_load_over_what_a_product_reads(buffers, pendings, expected):
+    assert overwritten(PIPELINED.format(buffers=buffers, pendings=pendings)) is expected
 
 
 def test_pretend_leaves_nothing_behind():
