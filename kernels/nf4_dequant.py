@@ -83,6 +83,7 @@ def _nf4_dequant_kernel(
     scales,  # of b
     first_programs,  # of each weight and, last, of the tail
     first_rows,  # of each weight and, last, the number of rows
+    WEIGHTS: tl.constexpr,  # how many; Triton 3.6 has no len of tuples that hold None
     K: tl.constexpr,
     LD: tl.constexpr,  # row stride of out
     BLOCKSIZE: tl.constexpr,
@@ -96,13 +97,14 @@ def _nf4_dequant_kernel(
     ROWS_T: tl.constexpr,  # of the tail, a program
 ):
     pid = tl.program_id(0)
-    if pid < first_programs[len(weights)]:
+    if pid < first_programs[WEIGHTS]:
         _store_weights(
             pid,
             weights,
             code_ptr,
             out_ptrs,
             first_programs,
+            WEIGHTS,
             K,
             LD,
             BLOCKSIZE,
@@ -112,7 +114,7 @@ def _nf4_dequant_kernel(
         )
     elif len(b_ptrs) > 0:
         _store_tail(
-            pid - first_programs[len(weights)],
+            pid - first_programs[WEIGHTS],
             b_ptrs,
             out_ptrs[0] + K,
             scales,
@@ -133,6 +135,7 @@ def _store_weights(
     code_ptr,
     out_ptrs,
     first_programs,
+    WEIGHTS: tl.constexpr,
     K: tl.constexpr,
     LD: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
@@ -145,7 +148,7 @@ def _store_weights(
     q_ptr, absmax_ptr, absmax2_ptr = w.qweight, w.absmax, w.absmax2
     code2_ptr, offset_ptr, N = w.code2, w.offset, w.N
     out_ptr, first = out_ptrs[0], first_programs[0]
-    for i in tl.static_range(1, len(weights)):
+    for i in tl.static_range(1, WEIGHTS):
         w, mine = weights[i], pid >= first_programs[i]
         q_ptr = tl.where(mine, w.qweight, q_ptr)
         absmax_ptr = tl.where(mine, w.absmax, absmax_ptr)
@@ -292,6 +295,7 @@ def nf4_dequant(
             scales[part],
             first_programs,
             first_rows,
+            WEIGHTS=len(mine),
             K=K,
             LD=ld,
             BLOCKSIZE=blocksize,
