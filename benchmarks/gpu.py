@@ -213,7 +213,8 @@ def benchmark(settings: Settings, out: Path) -> Iterator[tuple[Job, Case, Run]]:
     """
     deadline = time.monotonic() + settings.seconds
     if torch.device(settings.device).type == "cuda":
-        torch.cuda.set_device(settings.device)  # graphs are captured on the current device
+        # graphs are captured on the current device; "cuda" stands for it
+        torch.cuda.set_device(torch.device(settings.device).index or 0)
     facts = machine_facts(settings.device)
     facts["command"] = facts["command"].replace("fastlora", "python -m benchmarks", 1)
     found = Run(settings, facts)

@@ -1,6 +1,6 @@
 """A call as a CUDA graph: the time of the device alone, without that of preparing launches."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,7 +10,27 @@ from fastlora.benchmarks.spec import Call, Provider
 WARM_UP = 3  # calls that compile and allocate before one is captured
 
 
-def as_graph(call: Call) -> Call:
+@dataclass(frozen=True)
+class Replay:
+    """A captured call.
+
+    Attributes:
+        graph: of the device's work.
+        results: what every replay overwrites.
+        call: what was captured; it holds the inputs, which the graph reads by their addresses.
+    """
+
+    graph: torch.cuda.CUDAGraph
+    results: dict[str, torch.Tensor]
+    call: Call
+
+    def __call__(self) -> dict[str, torch.Tensor]:
+        """Replay the graph."""
+        self.graph.replay()
+        return self.results
+
+
+def as_graph(call: Call) -> Replay:
     """Capture one call; what it returns is overwritten by every replay.
 
     Random numbers are drawn anew in every replay, as the generator has them then.
@@ -30,12 +50,7 @@ def as_graph(call: Call) -> Call:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         results = call()
-
-    def replay() -> dict[str, torch.Tensor]:
-        graph.replay()
-        return results
-
-    return replay
+    return Replay(graph, results, call)
 
 
 def graphed(provider: Provider, device: torch.device, variant: str | None = None) -> Provider:
