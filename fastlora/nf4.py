@@ -77,7 +77,9 @@ class NF4Weight:
         """Rebuild a weight from its `facts` and `tensors()`, without the cost of the checks."""
         q = object.__new__(cls)
         names = ("qweight", "absmax", "absmax2", "code2", "offset", "shape", "blocksize", "dtype")
-        q.__dict__.update(zip(names, (*tensors, *facts), strict=True))
+        # as a frozen dataclass does it: torch.compile of torch 2.11 follows no other way
+        for name, value in zip(names, (*tensors, *facts), strict=True):
+            object.__setattr__(q, name, value)
         return q
 
     @property
