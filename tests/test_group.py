@@ -6,6 +6,7 @@ import io
 import pickle
 import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -538,6 +539,21 @@ def test_a_recomputation_does_what_the_forward_did(first, use_reentrant, p):
     m.module.k_proj(other)
     assert group_of(m.module.q_proj) is None
     assert group_of(m.module.k_proj).names == ("k_proj", "v_proj")
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_recomputation_in_a_thread_of_its_own_holds_nothing(first):
+    """As on a GPU, where autograd keeps a thread: no later call of it may let go what is left."""
+    module = grouped(Attention(kinds=("plain nf4" if first else "nf4", "nf4", "nf4")))
+    x, other = inputs(), inputs()
+    with ThreadPoolExecutor(1) as thread:
+        for _ in range(2):
+            loss = Checkpointed(module, use_reentrant=False)(x, other).square().sum()
+            thread.submit(loss.backward).result()
+        del loss
+        module.q_proj(x)
+        module.k_proj(other)
+        assert group_of(module.q_proj) is None
 
 
 def test_a_graph_may_be_recomputed_twice():

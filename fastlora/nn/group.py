@@ -5,7 +5,8 @@ dropout mask); the others take their outputs when they are called with the same 
 takes only what it would compute itself: x, weights, adapter, autograd and autocast must be what
 they were at the first call. Otherwise it computes anew, alone or for those it still shares with.
 
-What nobody took is dropped at the next call of any grouped layer in the same thread, or with x.
+What nobody took is dropped at the next call of any grouped layer in the same thread, with x, or at
+the end of the backward that computed it anew.
 """
 
 import threading
@@ -306,7 +307,10 @@ def _together(layer: GroupedLinear, x: Tensor) -> Tensor | None:
     _, y = outputs.pop(layer)
     if hooks is not None and y.grad_fn is not None:
         group.may_be_recomputed(y.grad_fn)
-    _last.call = _Call(group, x, context, outputs)
+    _last.call = call = _Call(group, x, context, outputs)
+    if torch._C._current_graph_task_id() != -1:
+        # a recomputation stops early, and on a GPU the thread of autograd may have no next call
+        torch.autograd.Variable._execution_engine.queue_callback(call.outputs.clear)
     return y
 
 
