@@ -35,7 +35,7 @@ def backend_name(request, monkeypatch):
 
 def weights(shape, dtype):
     """Random weights with a zero block, an outlier and, in fp32, a subnormal block."""
-    w = torch.randn(shape) * 0.02
+    w = torch.randn(shape, device=DEVICE) * 0.02
     flat = w.view(-1)
     flat[: min(64, flat.numel() // 2)] = 0
     flat[flat.numel() // 2] = 3.0
@@ -44,16 +44,16 @@ def weights(shape, dtype):
 
 def flat_formula(q, dtype):
     """The format's definition, element by element, in NumPy-free plain torch."""
-    index = torch.arange(q.numel)
+    index = torch.arange(q.numel, device=q.device)
     byte = q.qweight.reshape(-1)[index // 2].int()
     code = torch.where(index % 2 == 0, byte >> 4, byte & 15)
     block = index // q.blocksize
     scale = q.absmax
     if q.nested:
-        group = torch.arange(q.absmax.numel()) // 256
+        group = torch.arange(q.absmax.numel(), device=q.device) // 256
         scale = q.code2[q.absmax.int()] * q.absmax2[group]
         scale = scale + q.offset
-    return (codebooks.nf4_code()[code] * scale[block]).to(dtype).view(q.shape)
+    return (codebooks.nf4_code(q.device)[code] * scale[block]).to(dtype).view(q.shape)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -98,7 +98,7 @@ def test_bitsandbytes_dequantises_straddling_blocks_wrongly_on_the_cpu(shape, bl
 @pytest.mark.parametrize("double_quant", [True, False], ids=["nested", "flat"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_zero_and_tiny_blocks_give_zeros(dtype, double_quant, backend_name):
-    w = torch.randn(4, 64)
+    w = torch.randn(4, 64, device=DEVICE)
     w[1] = 0
     w[2] = -0.0
     if dtype == torch.float32:
@@ -107,14 +107,16 @@ def test_zero_and_tiny_blocks_give_zeros(dtype, double_quant, backend_name):
     q = fastlora.quantize_nf4(w.to(dtype), 64, double_quant)
     assert (q.qweight[zeros] == 0x77).all()
     assert (fastlora.dequantize_nf4(q)[zeros] == 0).all()
-    all_zero = fastlora.quantize_nf4(torch.zeros(3, 50, dtype=dtype), 64, double_quant)
-    assert torch.equal(fastlora.dequantize_nf4(all_zero), torch.zeros(3, 50, dtype=dtype))
+    zeros = torch.zeros(3, 50, dtype=dtype, device=DEVICE)
+    all_zero = fastlora.quantize_nf4(zeros, 64, double_quant)
+    assert torch.equal(fastlora.dequantize_nf4(all_zero), zeros)
 
 
 def test_thresholds_are_strict(backend_name):
     thresholds = codebooks.nf4_thresholds()
     w = torch.zeros(1, 64)
     w[0, 0], w[0, 1:16], w[0, 16:31] = 1, thresholds, thresholds.nextafter(torch.tensor(2.0))
+    w = w.to(DEVICE)
     codes = fastlora.quantize_nf4(w, double_quant=False).qweight.view(-1, 1)
     codes = torch.cat([codes >> 4, codes & 15], dim=1).view(-1)
     assert codes[1:16].tolist() == [*range(15)]
@@ -123,7 +125,7 @@ def test_thresholds_are_strict(backend_name):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_non_finite_weights_are_counted(dtype, backend_name):
-    w = torch.randn(9, 70).to(dtype)
+    w = torch.randn(9, 70, device=DEVICE).to(dtype)
     w[0, 3], w[5, 69], w[8, 1] = float("nan"), float("inf"), float("-inf")
     with pytest.raises(ValueError, match="must be finite, got 3 NaN or Inf of 630 weights"):
         fastlora.quantize_nf4(w)
@@ -131,7 +133,7 @@ def test_non_finite_weights_are_counted(dtype, backend_name):
 
 @pytest.mark.parametrize("double_quant", [True, False], ids=["nested", "flat"])
 def test_non_contiguous_weights(double_quant, backend_name):
-    w = torch.randn(64, 96)
+    w = torch.randn(64, 96, device=DEVICE)
     got = fastlora.quantize_nf4(w.T, double_quant=double_quant)
     expected = fastlora.quantize_nf4(w.T.contiguous(), double_quant=double_quant)
     assert got.shape == (96, 64)
@@ -268,7 +270,7 @@ def test_metadata_that_is_no_json_is_named():
 
 def test_default_device_and_dtype_do_not_matter(backend_name):
     """Tables are made, and cached, in their own dtype on the CPU; buffers go where the data is."""
-    w = torch.randn(8, 64)
+    w = torch.randn(8, 64, device=DEVICE)
     expected = fastlora.quantize_nf4(w)
     for table in (codebooks.dynamic_map, codebooks.dynamic_lut, codebooks.nf4_code):
         table.cache_clear()

@@ -64,9 +64,9 @@ def numbers(state, rows, k):
         k[None, :] >> 3,
         rows[:, None] & low,
         rows[:, None] >> 32,
-        torch.tensor(offset & low),
+        torch.tensor(offset & low, device=DEVICE),
     )
-    counter = torch.broadcast_tensors(*(c.to(DEVICE) for c in counter))
+    counter = torch.broadcast_tensors(*counter)
     words = torch.stack(reference.philox4x32(*counter, seed & low, seed >> 32 & low))
     word = words.gather(0, ((k & 7) >> 1).expand(1, *words.shape[1:]))[0]
     return word >> 16 * (k & 1) & 0xFFFF
@@ -77,7 +77,8 @@ def numbers(state, rows, k):
 def test_numbers(state, tile):
     BLOCK_M, BLOCK_K, row0, k0 = tile
     state = torch.tensor(state, device=DEVICE)
-    expected = numbers(state, torch.arange(row0, row0 + BLOCK_M), torch.arange(k0, k0 + BLOCK_K))
+    rows = torch.arange(row0, row0 + BLOCK_M, device=DEVICE)
+    expected = numbers(state, rows, torch.arange(k0, k0 + BLOCK_K, device=DEVICE))
     if row0 < 100:
         whole = reference.dropout_halves(state, row0 + BLOCK_M, k0 + BLOCK_K)
         assert torch.equal(whole[row0:, k0:], expected)

@@ -47,6 +47,8 @@ def test_parity(shape, dtype, p):
 @pytest.mark.parametrize("p", [0, 0.3])
 @pytest.mark.parametrize("index", range(len(k1.configs("interpret", 16))))
 def test_configurations(index, p):
+    if index >= len(k1.configs(arch(), 24, 4)):
+        pytest.skip(f"{arch()} has fewer configurations in fp32")
     s, eager, exact, *_ = run(63, 129, 24, torch.float32, p, index)
     assert_as_accurate(s, eager, exact)
 
