@@ -24,9 +24,18 @@ from fastlora.reference import dropout_threshold, quantize_stats
 if TYPE_CHECKING:
     from fastlora.nf4 import NF4Weight
 
-__all__ = ["linear", "linear_dw", "linear_dx", "quantize_stats"]
+__all__ = [
+    "linear",
+    "linear_added",
+    "linear_dw",
+    "linear_dx",
+    "lora_term",
+    "lora_up",
+    "quantize_stats",
+]
 
 linear, linear_dx, linear_dw = reference.linear, reference.linear_dx, reference.linear_dw
+linear_added, lora_term, lora_up = reference.linear_added, reference.lora_term, reference.lora_up
 
 FUSED_RANK = 64  # up to here one pass computes da and the LoRA part of dx: registers
 
@@ -77,11 +86,6 @@ def lora_down_augmented(
     x_aug = x.new_empty(x.shape[0], x.shape[1] + a.shape[0])
     s = k1.lora_down(x, a.contiguous(), state, dropout_threshold(p), x_aug)
     return x_aug, s
-
-
-def lora_up(y: Tensor, s: Tensor, b: Tensor, scale: float) -> Tensor:
-    """y [M, N] + scale * s b^T; overwrites y."""
-    return reference.lora_up(y, s, b, scale)
 
 
 def linear_lora(

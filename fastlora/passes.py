@@ -105,6 +105,9 @@ def _output(
         return impl.linear(x, w, bias)
     if way == "gemm":
         return impl.linear_lora(x, w, bias, *lora)
+    if way == "addmm":
+        # the GEMM reads the term while it computes; added later, y would be a pass of its own
+        return impl.linear_added(x, w, impl.lora_term(*lora, bias))
     return impl.lora_up(impl.linear(x, w, bias), *lora)
 
 
@@ -187,14 +190,17 @@ def _dx(
     weights = _weights(impl, members, dys[0].dtype, packed=way == "packed")
     if way == "gemm" and tail is not None and len(members) == 1:
         return impl.linear_dx_lora(dys[0], next(weights), *tail), True
-    dx, packed = None, []
+    dx, has_tail, packed = None, False, []
+    if way != "packed" and tail is not None and tail[-1] == 0:
+        ds, a, *_ = tail
+        dx, has_tail = impl.linear_dx(ds, a), True  # first, as in `_output`; a mask comes last
     for dy, w in zip(dys, weights, strict=True):
         if isinstance(w, NF4Weight):
             packed.append((dy, w))
         else:
             dx = impl.linear_dx(dy, w, dx)
     if not packed:
-        return dx, False
+        return dx, has_tail
     dx = impl.linear_dx_packed(*zip(*packed, strict=True), dx, *(tail or (None, None, None, 0.0)))
     return dx, tail is not None
 

@@ -3,7 +3,8 @@
 On a GPU the big GEMM belongs to the vendor's library; what the ways differ in is how the LoRA term
 joins it. Forward, y = x w^T + scale * s b^T:
 
-    addmm    the GEMM, then y += scale * s b^T: y is read and written once more, 4MN bytes.
+    addmm    y = scale * s b^T, and the GEMM adds to it: y is written and, while the GEMM computes,
+             read once more, 4MN bytes.
     augment  one GEMM over K + R columns: the weight is decoded beside scale * b, and the pass that
              computes s also copies x beside s, 2MK bytes. NF4 weights only. In a group an Inf in
              the s of one layer is a NaN in the others, since it meets the zeros of their columns.
@@ -11,7 +12,8 @@ joins it. Forward, y = x w^T + scale * s b^T:
 
 Backward, dx = dy w + mask * (ds a):
 
-    tail     the GEMM, then one pass over dx, 4MK bytes.
+    tail     the GEMM, then one pass over dx, 4MK bytes. Without dropout that pass comes first and
+             only writes, as in addmm.
     gemm     a Triton GEMM that adds the term after its loop. One layer, not a group.
 
 `benchmarks gpu` measures a device; what it found is shipped in `fastlora/plans/`, one JSON file per

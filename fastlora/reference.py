@@ -183,6 +183,18 @@ def lora_up(y: Tensor, s: Tensor, b: Tensor, scale: float) -> Tensor:
     return y.addmm_(s, b.T, alpha=scale)
 
 
+def lora_term(s: Tensor, b: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    """[M, N] = scale * s b^T + bias."""
+    # with beta 0 the first argument only stands there
+    first, beta = (s.new_empty(()), 0) if bias is None else (bias, 1)
+    return torch.addmm(first, s, b.T, beta=beta, alpha=scale)
+
+
+def linear_added(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    """y [M, N] + x w^T; may overwrite y."""
+    return y.addmm_(x, w.T)
+
+
 def linear_lora(
     x: Tensor, w: Tensor, bias: Tensor | None, s: Tensor, b: Tensor, scale: float
 ) -> Tensor:

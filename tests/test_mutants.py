@@ -25,9 +25,9 @@ def dropout_of_another_row(x, state, p):
 
 
 MUTANTS = {
-    "scale": ("lora_up", lambda y, s, b, scale: y.addmm_(s, b.T)),
+    "scale": ("lora_term", lambda s, b, scale, bias: s @ b.T + bias),
     "dx": ("linear_dx", lambda dy, w, dx=None: dy @ w * 1.1),
-    "dx of the adapter": ("lora_bwd_dx", lambda dx, ds, a, state, p: dx),
+    "dx of the adapter": ("linear_dx", lambda dy, w, dx=None: dy @ w),
     "da": ("lora_bwd_da", lambda x, ds, state, p: ds.T @ x * 1.1),
     "db": (
         "lora_bwd_ds_db",
@@ -38,7 +38,7 @@ MUTANTS = {
         lambda dy, b, s, scale, ds: [ds.copy_(dy @ b), (dy.T @ s) * scale][1],
     ),
     "dw": ("linear_dw", lambda dy, x: torch.zeros_like(dy.T @ x)),
-    "bias": ("linear", lambda x, w, bias: x @ w.T),
+    "bias": ("lora_term", lambda s, b, scale, bias: scale * s @ b.T),
     "mask in da": (
         "lora_bwd_da",
         lambda x, ds, state, p: ds.T @ dropout_of_another_row(x, state, p),
