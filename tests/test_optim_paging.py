@@ -1,8 +1,10 @@
 """Paged moments: the bits of resident ones whatever the order of the device, and nothing lost."""
 
 import gc
+import os
 import re
 import warnings
+import weakref
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -498,7 +500,7 @@ def test_memory_is_given_back():
         for _ in range(count):
             cycle()
         gc.collect()
-        return int(statm.read_text().split()[1]) * 4096
+        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     before = cycles(100)
     assert cycles(1000) - before < MIB
@@ -530,17 +532,27 @@ def test_a_file_needs_room(tmp_path):
         StateArena([1], pin=True, folder=tmp_path)
 
 
+class Locked(list):
+    """How many bytes were locked each time, and weak references to them."""
+
+    def __init__(self):
+        super().__init__()
+        self.memory = []
+
+
 @pytest.fixture
 def locking(monkeypatch):
-    """Lock memory as a driver would that has 1000 bytes; a list of what was locked."""
-    zeros, locked = torch.zeros, []
+    """Lock memory as a driver would that has 1000 bytes."""
+    zeros, locked = torch.zeros, Locked()
 
     def fake(count, *, dtype, pin_memory=False):
+        memory = zeros(count, dtype=dtype)
         if pin_memory:
             if sum(locked) + count > 1000:
                 raise RuntimeError("no more\nsome more words")
             locked.append(count)
-        return zeros(count, dtype=dtype)
+            locked.memory.append(weakref.ref(memory.untyped_storage()))
+        return memory
 
     monkeypatch.setattr(torch, "zeros", fake)
     monkeypatch.setattr(arenas, "CHUNK", 256)
@@ -558,12 +570,21 @@ def test_memory_is_locked_in_chunks(locking):
     assert pool.stats().pinned
 
 
-def test_memory_that_cannot_be_locked(locking):
+def test_memory_that_cannot_be_locked(locking, monkeypatch):
+    left = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.accelerator,
+        "empty_host_cache",
+        lambda: left.append([memory() for memory in locking.memory]),
+        raising=False,
+    )
     with pytest.warns(RuntimeWarning, match="only 600 of 1200 bytes") as caught:
         work = StateArena([200] * 6, pin=True)
     assert len(caught) == 1
     assert caught[0].filename == __file__
     assert str(caught[0].message).endswith(": no more")
+    assert left == [[None] * 3]  # torch can give back what nobody holds
     assert not work.pinned
     pool = PagePool(work, HostDevice(), 400)
     pool.scan(add_one)

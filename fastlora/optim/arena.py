@@ -75,7 +75,7 @@ def _pinned(sizes: Sequence[int]) -> list[Tensor] | None:
         return pages
     locked = sum(page.numel() for page in pages)
     pages.clear()
-    # else torch keeps what was locked; it has had this function since 2.10
+    # else torch keeps what was locked; older versions have no function for it
     if torch.cuda.is_available() and hasattr(torch.accelerator, "empty_host_cache"):
         torch.accelerator.empty_host_cache()
     warnings.warn(
@@ -90,11 +90,13 @@ def _pinned(sizes: Sequence[int]) -> list[Tensor] | None:
 def _groups(sizes: Sequence[int]) -> Iterator[list[int]]:
     """Pages that are locked together."""
     group: list[int] = []
+    total = 0
     for size in sizes:
-        if group and sum(map(_aligned, group)) + size > CHUNK:
+        if group and total + _aligned(size) > CHUNK:
             yield group
-            group = []
+            group, total = [], 0
         group.append(size)
+        total += _aligned(size)
     if group:
         yield group
 

@@ -103,7 +103,7 @@ class PagePool:
         device: where they are visited.
         budget: bytes of the device that frames may take.
         keep: leave the frames on the device between scans, with pages in them that are newer than
-            those of the arena, until `release`.
+            those of the arena until `flush` or `release`.
 
     Raises:
         MemoryBudgetError: the budget holds fewer than two pages.
