@@ -18,6 +18,11 @@ from fastlora.kernels.common import INTERPRET
 
 # fastest first; a module is imported when it is first needed, so that Triton may be absent
 MODULES = {"triton": "fastlora.gpu", "cpu": "fastlora.cpu", "reference": "fastlora.reference"}
+OPTIMIZERS = {
+    "triton": "fastlora.optim.gpu",
+    "cpu": "fastlora.optim.cpu",
+    "reference": "fastlora.optim.reference",
+}
 
 # AMD's CDNA chips; the kernels are compiled and checked for gfx942
 _AMD = ("gfx90a", "gfx942", "gfx950")
@@ -58,6 +63,11 @@ def load(name: str) -> ModuleType:
 def implementation(device: torch.device) -> ModuleType:
     """The module of the backend that runs on `device`: see `name_for`."""
     return load(name_for(device))
+
+
+def optimizer(device: torch.device) -> ModuleType:
+    """The module that makes steps of optimizers on `device`: see `name_for`."""
+    return import_module(OPTIMIZERS[name_for(device)])
 
 
 def why_not(name: str, device: torch.device) -> str:

@@ -12,6 +12,7 @@ from fastlora.optim.budget import auto_budget
 
 Queue = Literal["in", "compute", "out"]
 QUEUES: tuple[Queue, ...] = ("in", "compute", "out")
+MAX_EVENTS = 4096  # pairs that are kept before they are read, which waits for the last one
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class CudaDevice(Device):
     """A GPU: two streams for copies beside the stream that is current when work is launched.
 
     Memory is that of torch's caching allocator. It belongs to the stream that is current in
-    `alloc`, which therefore has to be that of the visits.
+    `alloc`, which therefore has to be that of the visits. Work is timed: two events a launch.
 
     Attributes:
         pins: copies are faster from locked host memory.
@@ -133,6 +134,8 @@ class CudaDevice(Device):
     def __init__(self, device: torch.device) -> None:
         self.device = torch.device(device)
         self._copies = {queue: torch.cuda.Stream(self.device) for queue in ("in", "out")}
+        self._times = Times(0.0, 0.0, 0.0, 0.0)
+        self._start()
 
     def auto_budget(self, state_bytes: int) -> int:
         """At most a quarter of what is free, with what torch holds and does not use."""
@@ -152,9 +155,13 @@ class CudaDevice(Device):
         torch.cuda.empty_cache()
 
     def launch(self, queue: Queue, work: Callable[[], object]) -> None:
-        """Call `work` while the queue's stream is the current one."""
+        """Call `work` while the queue's stream is the current one, between two events."""
         with torch.cuda.stream(self._stream(queue)):
+            begin = _timing_event()
             work()
+            self._events.append((queue, begin, _timing_event()))
+        if len(self._events) == MAX_EVENTS:
+            self.times()
 
     def record(self, queue: Queue) -> torch.cuda.Event:
         """A new event: one that is recorded again would move under those who wait for it."""
@@ -169,35 +176,6 @@ class CudaDevice(Device):
         for queue in QUEUES:
             self._stream(queue).synchronize()
 
-    def times(self) -> Times | None:
-        """Not measured: see `TimedCudaDevice`."""
-        return None
-
-    def _stream(self, queue: Queue) -> torch.cuda.Stream:
-        if queue == "compute":
-            return torch.cuda.current_stream(self.device)
-        return self._copies[queue]
-
-
-class TimedCudaDevice(CudaDevice):
-    """A GPU that measures what it does; every launch costs two events more.
-
-    Args:
-        device: of type "cuda".
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
-        self._times = Times(0.0, 0.0, 0.0, 0.0)
-        self._start()
-
-    def launch(self, queue: Queue, work: Callable[[], object]) -> None:
-        """Call `work` between two events."""
-        with torch.cuda.stream(self._stream(queue)):
-            begin = _timing_event()
-            work()
-            self._events.append((queue, begin, _timing_event()))
-
     def times(self) -> Times:
         """Seconds since the device was made."""
         spans: dict[str, list[tuple[float, float]]] = {queue: [] for queue in QUEUES}
@@ -211,6 +189,11 @@ class TimedCudaDevice(CudaDevice):
         values = (before.copy_in, before.compute, before.copy_out, before.together)
         self._times = Times(*(old + new / 1e3 for old, new in zip(values, now, strict=True)))
         return self._times
+
+    def _stream(self, queue: Queue) -> torch.cuda.Stream:
+        if queue == "compute":
+            return torch.cuda.current_stream(self.device)
+        return self._copies[queue]
 
     def _start(self) -> None:
         """Times are fp32 ms since an event, so it is made anew before they lose digits."""

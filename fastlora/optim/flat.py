@@ -68,7 +68,7 @@ class Step:
 
     Attributes:
         flat: where the parameters lie.
-        params: [size] each, contiguous, of one device and dtype.
+        params: of any shape, contiguous, of one device and dtype.
         grads: like params; None where there is no gradient, and nothing is changed.
         rows: which row of `hypers` each parameter is updated by.
         hypers: fp32 [rows, 8] on the CPU, see `adamw_hypers`.
@@ -134,8 +134,29 @@ class Moments:
         return self.m.numel()
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Those that are there, in the order of the buffer's names: see `names`."""
+        """m and v, and with 8 bits m_scale and v_scale."""
         return tuple(t for t in (self.m, self.v, self.m_scale, self.v_scale) if t is not None)
+
+    def part(self, first: int, last: int) -> "Moments":
+        """Those of the elements [first, last), as views; with 8 bits in whole blocks from `first`.
+
+        Args:
+            first: with 8 bits a multiple of 256.
+            last: the one after the last.
+
+        Returns:
+            Moments of last - first elements.
+        """
+        m, v = self.m[first:last], self.v[first:last]
+        if self.m_scale is None:
+            return Moments(m, v)
+        blocks = slice(first // BLOCK, -(-last // BLOCK))
+        return Moments(m, v, self.m_scale[blocks], self.v_scale[blocks])
+
+    def copy_(self, other: "Moments") -> None:
+        """Take over moments of as many elements and bits, from any device."""
+        for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
+            mine.copy_(theirs)
 
 
 def nbytes(numel: int, bits: StateBits) -> int:
@@ -152,7 +173,7 @@ def moments(buffer: Tensor, numel: int, bits: StateBits) -> Moments:
         bits: of a moment.
 
     Returns:
-        Views of the buffer.
+        Views of the buffer; of zero bytes, moments that are zero.
     """
     if bits == 32:
         m, v = buffer[: 8 * numel].view(torch.float32).view(2, numel)

@@ -66,7 +66,7 @@ def adamw(prepared: Prepared, first: int, moments: Moments) -> None:
     if moments.m_scale is None:
         kernels.adamw32(prepared.table, first, moments.m, moments.v)
     else:
-        kernels.adamw8(prepared.table, first, moments.tensors(), _maps(moments.m.device))
+        kernels.adamw8(prepared.table, first, moments.tensors(), maps(moments.m.device))
 
 
 def _layout(flat: Flat, device: torch.device) -> tuple[Tensor, Tensor, bool]:
@@ -78,7 +78,8 @@ def _layout(flat: Flat, device: torch.device) -> tuple[Tensor, Tensor, bool]:
     return flat.cache[device]
 
 
-def _maps(device: torch.device) -> tuple[Tensor, ...]:
+def maps(device: torch.device) -> tuple[Tensor, ...]:
+    """The tables of both 8-bit types on a device, as `kernels.adamw8` takes them."""
     signed, unsigned = dynamic_map(device), unsigned_dynamic_map(device)
     guesses = code_guess(True, device), code_guess(False, device)
     return signed, unsigned, *guesses, midpoints(signed), midpoints(unsigned)

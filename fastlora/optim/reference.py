@@ -36,8 +36,8 @@ def adamw(step: Step, first: int, moments: Moments) -> None:
         start = step.flat.starts[i]
         low, high = max(first, start), min(last, start + step.flat.sizes[i])
         inside, here = slice(low - start, high - start), slice(low - first, high - first)
-        row = step.hypers[step.rows[i]].tolist()
-        _update(step.params[i][inside], step.grads[i][inside], full.m[here], full.v[here], row)
+        w, g = step.params[i].view(-1)[inside], step.grads[i].view(-1)[inside]
+        _update(w, g, full.m[here], full.v[here], step.hypers[step.rows[i]].tolist())
     if full is not moments:
         encode(full, moments)
 

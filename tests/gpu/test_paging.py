@@ -19,7 +19,7 @@ from test_optim_paging import (
 from fastlora.optim import gpu, reference
 from fastlora.optim.arena import StateArena
 from fastlora.optim.budget import MemoryBudgetError
-from fastlora.optim.devices import CudaDevice, TimedCudaDevice, unified
+from fastlora.optim.devices import CudaDevice, unified
 from fastlora.optim.pool import PagePool
 from fastlora.optim.sim import POISON
 
@@ -213,7 +213,7 @@ def test_a_visit_that_raises(keep, allocated):
 
 def test_copies_run_beside_each_other_and_compute():
     arena = StateArena([16 * MIB] * 12, pin=True)
-    pool = PagePool(arena, TimedCudaDevice(DEVICE), 4 * 16 * MIB)
+    pool = PagePool(arena, CudaDevice(DEVICE), 4 * 16 * MIB)
     assert pool.stats().times.together == 0
     for scans in (1, 2):
         before = pool.stats().times

@@ -1,0 +1,125 @@
+"""From parameter groups to what backends take: runs of parameters, and steps of them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlora.nf4 import FLOATS
+from fastlora.optim.flat import Flat, Step, adamw_hypers
+from fastlora.optim.run import Run
+
+
+def check_group(group: Mapping[str, Any]) -> None:
+    """Check the options and parameters of a group.
+
+    Args:
+        group: as in `Optimizer.param_groups`.
+
+    Raises:
+        ValueError: an option is out of range, or a parameter cannot be trained here.
+    """
+    if not float(group["lr"]) >= 0:
+        raise ValueError(f"lr must be 0 or more, got {group['lr']}")
+    if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
+        raise ValueError(f"betas must be two numbers in [0, 1), got {group['betas']}")
+    for name in ("eps", "weight_decay"):
+        if not group[name] >= 0:
+            raise ValueError(f"{name} must be 0 or more, got {group[name]}")
+    for p in group["params"]:
+        # of a DTensor, whose import takes a second
+        if hasattr(p, "device_mesh"):
+            raise ValueError(
+                "parameters must be whole, got a DTensor (fully_shard is not supported)"
+            )
+        if p.dtype not in FLOATS:
+            raise ValueError(f"parameters must be fp32, fp16 or bf16, got {p.dtype}")
+
+
+def runs_of(named: Mapping[str, nn.Parameter]) -> dict[torch.device, list[Run]]:
+    """Parameters by device, and there by dtype.
+
+    Args:
+        named: name -> parameter, in order.
+
+    Returns:
+        device -> runs.
+    """
+    alike: dict[tuple[torch.device, torch.dtype], list[str]] = {}
+    for name, p in named.items():
+        alike.setdefault((p.device, p.dtype), []).append(name)
+    found: dict[torch.device, list[Run]] = {}
+    for (device, dtype), names in alike.items():
+        params = [named[name] for name in names]
+        flat = Flat(tuple(p.numel() for p in params))
+        found.setdefault(device, []).append(
+            Run(names, params, device, dtype, [0] * len(names), flat)
+        )
+    return found
+
+
+class Collector:
+    """Gathers one step: the options of every group, as they are now.
+
+    Args:
+        groups: `Optimizer.param_groups`.
+    """
+
+    def __init__(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        self.groups = groups
+        self.group_of = {p: i for i, group in enumerate(groups) for p in group["params"]}
+
+    def step(self, run: Run) -> Step:
+        """The step of a run.
+
+        Args:
+            run: whose gradients there are now.
+
+        Returns:
+            The step; parameters that are not contiguous are there as copies.
+
+        Raises:
+            ValueError: a gradient is sparse, or does not fit its parameter.
+        """
+        params, grads, rows = [], [], []
+        hypers: dict[tuple[int, int], int] = {}  # group and count -> row
+        for name, p, count in zip(run.names, run.params, run.steps, strict=True):
+            grad = p.grad
+            _check(name, p, grad, run)
+            params.append(p if p.is_contiguous() else p.contiguous())
+            grads.append(grad if grad is None or grad.is_contiguous() else grad.contiguous())
+            key = self.group_of[p], count + 1
+            rows.append(hypers.setdefault(key, len(hypers)))
+        table = torch.tensor([self._hypers(*key) for key in hypers], dtype=torch.float32)
+        return Step(run.flat, params, grads, rows, table)
+
+    def _hypers(self, group: int, count: int) -> tuple[float, ...]:
+        g = self.groups[group]
+        lr, weight_decay = float(g["lr"]), float(g["weight_decay"])
+        return adamw_hypers(lr, g["betas"], g["eps"], weight_decay, g["maximize"], count)
+
+
+def _check(name: str, p: nn.Parameter, grad: Tensor | None, run: Run) -> None:
+    if p.dtype != run.dtype or p.device != run.device:
+        kept, now = f"{run.dtype} on {run.device}", f"{p.dtype} on {p.device}"
+        raise ValueError(f"{name} must stay {kept}, where its moments are, got {now}")
+    if grad is None:
+        return
+    if grad.layout != torch.strided:
+        raise ValueError(f"gradients must be dense, got that of {name} in {grad.layout}")
+    if grad.dtype != p.dtype or grad.device != p.device:
+        got, wanted = f"{grad.dtype} on {grad.device}", f"{p.dtype} on {p.device}"
+        raise ValueError(f"the gradient of {name} must be {wanted}, got {got}")
+
+
+def copy_back(run: Run, step: Step) -> None:
+    """Write the parameters that were copied for a step.
+
+    Args:
+        run: of the step.
+        step: after its update.
+    """
+    for p, updated in zip(run.params, step.params, strict=True):
+        if updated is not p:
+            p.copy_(updated)
