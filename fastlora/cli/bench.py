@@ -9,7 +9,9 @@ from fastlora.cli.console import UserError, console, reported
 
 
 def bench(
-    op: Annotated[str, typer.Argument(help="quantize, dequantize, linear, step, or all.")],
+    op: Annotated[
+        str, typer.Argument(help="quantize, dequantize, linear, step, optimizer, or all.")
+    ],
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     dtype: Annotated[
         list[str] | None, typer.Option(help="bf16 (default), fp32 or fp16; may be repeated.")
