@@ -281,8 +281,8 @@ def _ds_db(problem: Problem, N: int, r: int, gpu: Gpu) -> Iterator[Step]:
         splits, _ = split(blocks, ceil(M / block["BLOCK_M"]), 2, gpu.multiprocessors)
         yield Step("K5 sum", 1, rest=8 * splits * N * r + 4 * N * r)
         return
-    blocks = ceil(N / config["BLOCK_N"])
-    splits, _ = split(blocks, ceil(M / config["BLOCK_M"]), 2, gpu.multiprocessors)
+    blocks, waves = ceil(N / config["BLOCK_N"]), config["WAVES"]
+    splits, _ = split(blocks, ceil(M / config["BLOCK_M"]), waves, gpu.multiprocessors)
     parts = 8 * blocks * r / N * share
     yield Step("K5 ds and db", 1, MN=2 * share, rest=2 * M * r)
     yield Step("K5 sum", 1, MN=parts, rest=8 * splits * N * r + 2 * M * r + 4 * N * r)

@@ -51,12 +51,17 @@ def configs(
     if dx and mma_sync:
         return config("rk", 32, 64, 4, 4), config("kr", 64, 64, 4, 3)
     if dx:
-        return config("kr", 64, 64, 8, 3), config("kr", 64, 64, 4, 3)
+        found = [config("kr", 64, 64, 8, 3), config("kr", 64, 64, 4, 3)]
+        found += [config("kr", 64, 64, 8, 4), config("kr", 64, 128, 8, 3)]
+        return tuple(found)
     # wgmma wants "kr"; without it the form decides whether x comes by cp.async
     form, warps = ("rk", 8) if mma_sync and not dropout else ("kr", warps)
     if R > 64:
         return (config(form, 64, 64, warps, 3),)
-    return config(form, 128, 64, warps, 3), config(form, 64, 64, warps, 3)
+    found = [config(form, 128, 64, warps, 3), config(form, 64, 64, warps, 3)]
+    if not mma_sync:
+        found += [config(form, 128, 64, 8, 3), config(form, 64, 128, 8, 3)]
+    return tuple(found)
 
 
 @triton.jit(do_not_specialize=["threshold"])

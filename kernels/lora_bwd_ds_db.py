@@ -37,8 +37,8 @@ def configs(arch: str, R: int, itemsize: int = 2) -> tuple[triton.Config, ...]:
     """
     block_r = max(16, triton.next_power_of_2(R))
 
-    def config(form: str, m: int, n: int, warps: int, stages: int) -> triton.Config:
-        blocks = {"FORM": form, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_R": block_r}
+    def config(form: str, m: int, n: int, warps: int, stages: int, waves: int = 2) -> triton.Config:
+        blocks = {"FORM": form, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_R": block_r, "WAVES": waves}
         return triton.Config(blocks, num_warps=warps, num_stages=stages)
 
     if R > 64:
@@ -49,7 +49,13 @@ def configs(arch: str, R: int, itemsize: int = 2) -> tuple[triton.Config, ...]:
     if itemsize == 4 or R % 4:
         return (APART,)
     if arch in ("sm_90", "sm_100"):
-        return config("nr", 64, 512, 8, 2), config("nr", 64, 256, 8, 2), APART
+        # of the larger tile there is one program a multiprocessor, and nothing to hide its waits
+        found = [config("nr", 64, 512, 8, 2), config("nr", 64, 512, 8, 2, 1)]
+        found += [config("nr", 64, 512, 8, 3, 1)] if R <= 16 else []
+        found += [config("nr", 64, 256, warps, 2, 2) for warps in (4, 8)]
+        found += [config("nr", 64, 256, warps, 3, waves) for warps in (4, 8) for waves in (1, 2)]
+        found += [config("nr", 64, 256, warps, 4, 1) for warps in (4, 8)]
+        return *found, APART
     if arch == "gfx942":  # wider blocks do not fit, narrower ones write too many parts
         return (config("rn", 64, 256, 8, 2), APART) if R <= 16 else (APART,)
     if R <= 16:
@@ -75,6 +81,7 @@ def _lora_bwd_ds_db_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,  # power of two, >= max(R, 16)
+    WAVES: tl.constexpr,  # programs a multiprocessor should get; for the launcher
 ):
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_r = tl.arange(0, BLOCK_R)
@@ -139,7 +146,7 @@ def lora_bwd_ds_db(
         return db
     block_m, block_n = config.kwargs["BLOCK_M"], config.kwargs["BLOCK_N"]
     blocks = triton.cdiv(N, block_n)
-    splits, steps = split(blocks, triton.cdiv(M, block_m), waves=2)
+    splits, steps = split(blocks, triton.cdiv(M, block_m), config.kwargs["WAVES"])
     ds_parts = dy.new_empty(blocks, M, R, dtype=torch.float32)
     db_parts = dy.new_empty(splits, N, R, dtype=torch.float32)
     _lora_bwd_ds_db_kernel[(blocks, splits)](

@@ -48,6 +48,11 @@ def configs(
         return config(64, 64, 4, stages), config(128, 64, 8, stages)
     if R <= 64 and arch == "sm_100":
         return config(64, 128, 4, stages), config(128, 64, 8, 3)
+    if R <= 64 and dropout:
+        # often one program a multiprocessor, which the mask keeps busy
+        found = [config(64, 128, 4, stages), config(128, 64, 8, stages)]
+        found += [config(64, 128, 8, stages), config(64, 64, 8, stages), config(32, 128, 4, stages)]
+        return tuple(found)
     if R <= 64:
         return config(64, 128, 4, stages), config(128, 64, 8, stages)
     if R <= 128:
