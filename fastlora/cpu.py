@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fastlora import reference
 from fastlora.codebooks import nf4_code
 from fastlora.native import (
     DTYPES,
@@ -44,6 +45,17 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     """y [M, N] = x w^T + bias."""
     y = torch.nn.functional.linear(_wide(x), _wide(w), None if bias is None else _wide(bias))
     return y.to(x.dtype)
+
+
+def linear_added(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    """y [M, N] + x w^T; may overwrite y."""
+    return linear_dx(x, w.T, y)
+
+
+def lora_term(s: Tensor, b: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    """[M, N] = scale * s b^T + bias."""
+    bias = None if bias is None else _wide(bias)
+    return reference.lora_term(_wide(s), _wide(b), scale, bias).to(s.dtype)
 
 
 def linear_dx(dy: Tensor, w: Tensor, dx: Tensor | None = None) -> Tensor:
