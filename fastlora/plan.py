@@ -88,24 +88,27 @@ class Device:
     Attributes:
         flops: 16-bit matrix products a second that the vendor's GEMM reaches.
         bandwidth: bytes a second that a streaming kernel reaches.
-        gemm: speed of the Triton GEMM relative to the vendor's; an assumption, until measured.
+        gemm: speed of the Triton GEMM relative to the vendor's.
+        mask: elements a second that get a dropout mask where a GEMM writes them.
     """
 
     flops: float
     bandwidth: float
-    gemm: float = 0.9
+    gemm: float = 0.75
+    mask: float = 1.1e12
 
     def gemm_seconds(self, problem: Problem) -> float:
         """The vendor's GEMMs of the frozen layers alone, one direction."""
         return 2 * problem.M * sum(problem.N) * problem.K / self.flops
 
 
-# assumptions about what kernels reach, not the data sheet's peaks: about 0.85 of the memory's,
-# 0.67 (Hopper) and 0.8 (Ampere) of the matrix units' peak
+# what kernels reach, not the data sheet's peaks. The H200's were measured at 8192 tokens
+# (benchmarks/results/h200-profile.md); those of the others are assumed: the same shares, 0.8 of the
+# matrix units' peak and 0.75 of the memory's
 DEVICES = {
-    "A100": Device(flops=250e12, bandwidth=1.7e12),
-    "H100": Device(flops=660e12, bandwidth=2.85e12),
-    "H200": Device(flops=680e12, bandwidth=4.1e12),
+    "A100": Device(flops=250e12, bandwidth=1.5e12),
+    "H100": Device(flops=800e12, bandwidth=2.5e12),
+    "H200": Device(flops=800e12, bandwidth=3.6e12),
 }
 _OTHER = DEVICES["A100"]
 
@@ -271,6 +274,8 @@ def dx_seconds(device: Device, problem: Problem) -> dict[Backward, float]:
     seconds = {"tail": gemm + 2 * M * K * size / device.bandwidth}
     if len(problem.N) == 1 and _fits(problem):
         seconds["gemm"] = gemm / device.gemm + 2 * M * K * R / device.flops
+        if problem.dropout:  # made in the pass of da too, which the tail shares
+            seconds["gemm"] += M * K / device.mask
     return seconds
 
 
