@@ -74,10 +74,13 @@ def test_json(tmp_path):
         ("linear", "fwd+bwd", "bf16"),
         ("step", "plain", "bf16"),
         ("step", "dropout", "bf16"),
+        ("optimizer", "call", "bf16"),
+        ("optimizer", "call", "bf16"),
     ]
     for case in content["cases"]:
         assert case["shape"] in BENCHMARKS[case["op"]].small
-        assert case["baseline"] == case["results"][0]["provider"]
+        first = case["results"][0]
+        assert case["baseline"] == f"{first['provider']} {first['variant']}".strip()
         for result in case["results"]:
             if result["status"] == "ok":
                 assert result["rounds"] == 3
@@ -299,7 +302,10 @@ def test_an_unfinished_write_leaves_the_old_file(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["nothing"], "op must be one of dequantize, linear, quantize, step, got nothing"),
+        (
+            ["nothing"],
+            "op must be one of dequantize, linear, optimizer, quantize, step, got nothing",
+        ),
         (["quantize", "--dtype", "fp8"], "dtype must be one of bf16, fp16, fp32, got fp8"),
         (["quantize", "--shape", "llama"], "shape must be one of llama-1b.q, llama-8b.q, "),
         (
