@@ -37,6 +37,9 @@ __all__ = [
 linear, linear_dx, linear_dw = reference.linear, reference.linear_dx, reference.linear_dw
 linear_added, lora_term, lora_up = reference.linear_added, reference.lora_term, reference.lora_up
 
+ROW = (
+    64  # elements between beginnings of rows, a multiple: GEMMs want whole cache lines of 128 bytes
+)
 FUSED_RANK = 64  # up to here one pass computes da and the LoRA part of dx: registers
 
 
@@ -68,7 +71,7 @@ def dequantize_augmented(
     """[N, K + R] of each weight, all of one kind: see `reference.dequantize_augmented`."""
     Ns, K = [q.shape[0] for q in weights], weights[0].shape[1]
     R = sum(b.shape[1] for b in bs)
-    out = torch.empty(sum(Ns), K + R, dtype=dtype, device=weights[0].device)
+    out = _beside(sum(Ns), K + R, dtype, weights[0].device)
     tail = k0.Tail(tuple(b.contiguous() for b in bs), tuple(scales))
     k0.nf4_dequant([_packed(q) for q in weights], K, weights[0].blocksize, out, tail)
     return out.split(Ns)
@@ -83,7 +86,7 @@ def lora_down_augmented(
     x: Tensor, a: Tensor, state: Tensor | None, p: float
 ) -> tuple[Tensor, Tensor]:
     """x beside s, [M, K + R], and s [M, R] = drop(x) a^T: x is read once."""
-    x_aug = x.new_empty(x.shape[0], x.shape[1] + a.shape[0])
+    x_aug = _beside(x.shape[0], x.shape[1] + a.shape[0], x.dtype, x.device)
     s = k1.lora_down(x, a.contiguous(), state, dropout_threshold(p), x_aug)
     return x_aug, s
 
@@ -130,6 +133,11 @@ def linear_dx_lora(
     """dx [M, K] = dy w + mask * (ds a), in one GEMM."""
     w, a = _row_major(w), a.contiguous()
     return gemm.gemm_lora_dx(dy, w, ds, a, state, dropout_threshold(p))
+
+
+def _beside(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[rows, columns] that begin at multiples of `ROW`."""
+    return torch.empty(rows, -(-columns // ROW) * ROW, dtype=dtype, device=device)[:, :columns]
 
 
 def _row_major(w: Tensor) -> Tensor:
