@@ -29,7 +29,9 @@ namespace {
 #include "scalar.h"
 #include "simd_avx512.h"
 #include "simd_avx512bf16.h"
-// the kernels need what the two above define
+//
+#include "moment_codes.h"
+// the kernels need what those above define
 #include "all_kernels.h"
 // tiles of another kind, before anything asks for them
 #include "simd_amx.h"

@@ -23,7 +23,9 @@ namespace {
 
 #include "scalar.h"
 #include "simd_avx2.h"
-// the kernels need what the two above define
+//
+#include "moment_codes.h"
+// the kernels need what those above define
 #include "all_kernels.h"
 
 }  // namespace

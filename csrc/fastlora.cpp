@@ -1,6 +1,8 @@
-// The C ABI of what streams through tensors, spread over threads: quantisation and dropout.
+// The C ABI of what streams through tensors, spread over threads: quantisation, dropout and
+// the optimizer.
 #include "fastlora.h"
 
+#include <algorithm>
 #include <atomic>
 
 #include "isa.h"
@@ -11,6 +13,35 @@ namespace {
 
 // fewest elements that are worth a thread: about 10 microseconds
 constexpr int64_t kGrain = 32768;
+
+AdamW adamw_of(const fastlora_step& step, int64_t first, void* m, void* v) {
+  AdamW args{};
+  args.params = step.params;
+  args.grads = step.grads;
+  args.starts = step.starts;
+  args.rows = step.rows;
+  args.hypers = step.hypers;
+  args.count = step.count;
+  args.first = first;
+  args.m = m;
+  args.v = v;
+  return args;
+}
+
+Codes codes_of(const fastlora_codes& codes) { return {codes.values, codes.midpoints, codes.guess}; }
+
+// Calls kernel(args, first, last) for parts of a span, whole blocks of moments.
+void spread(void (*kernel)(const AdamW&, int64_t, int64_t),
+            const AdamW& args,
+            int64_t numel,
+            int threads) {
+  static_assert(kGrain % kMomentBlock == 0, "a block has one scale");
+  const int64_t last = args.first + numel;
+  parallel_tasks(ceil_div(numel, kGrain), threads, [&](int64_t task) {
+    const int64_t begin = args.first + task * kGrain;
+    kernel(args, begin, std::min(begin + kGrain, last));
+  });
+}
 
 }  // namespace
 }  // namespace fastlora
@@ -89,4 +120,27 @@ void fastlora_dropout(const void* x,
   const int64_t segments = ceil_div(k, kSegment);
   parallel_for(m * segments, ceil_div(kGrain * segments, k > 0 ? k : 1), threads,
                [&](int64_t first, int64_t last) { kernel(args, first, last); });
+}
+
+void fastlora_adamw32(
+    const fastlora_step* step, int64_t first, int64_t numel, float* m, float* v, int threads) {
+  spread(kernels().adamw32[step->dtype], adamw_of(*step, first, m, v), numel, threads);
+}
+
+void fastlora_adamw8(const fastlora_step* step,
+                     int64_t first,
+                     int64_t numel,
+                     uint8_t* m,
+                     uint8_t* v,
+                     float* m_scale,
+                     float* v_scale,
+                     const fastlora_codes* m_codes,
+                     const fastlora_codes* v_codes,
+                     int threads) {
+  AdamW args = adamw_of(*step, first, m, v);
+  args.m_scale = m_scale;
+  args.v_scale = v_scale;
+  args.m_codes = codes_of(*m_codes);
+  args.v_codes = codes_of(*v_codes);
+  spread(kernels().adamw8[step->dtype], args, numel, threads);
 }

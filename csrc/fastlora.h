@@ -18,7 +18,7 @@ extern "C" {
 #endif
 
 // changes with any signature below, so that an old library is refused instead of misread
-#define FASTLORA_ABI 2
+#define FASTLORA_ABI 3
 
 enum { FASTLORA_FP32 = 0, FASTLORA_FP16 = 1, FASTLORA_BF16 = 2 };
 
@@ -82,6 +82,46 @@ FASTLORA_API void fastlora_dropout(
     float scale,
     void* out,  // [m, k], dtype, contiguous
     int threads);
+
+// --- optimizer -------------------------------------------------------------------------------
+
+// Parameters that are one vector, without gaps, and how a step of AdamW updates each of them: see
+// fastlora/optim.
+typedef struct {
+  void* const* params;       // [count], dtype, any number of elements each; overwritten
+  const void* const* grads;  // [count], dtype; null: neither parameter nor moments change
+  const int64_t* starts;     // [count + 1]: the first element of each, and how many there are
+  const int64_t* rows;       // [count]: of `hypers`
+  const float* hypers;       // [rows, 8]
+  int64_t count;
+  int dtype;
+} fastlora_step;
+
+// A type of 8-bit numbers: the code of x is g + (x > midpoints[g]), g being the guess for it.
+typedef struct {
+  const float* values;     // [256], ascending: fastlora.codebooks.dynamic_map or the unsigned one
+  const float* midpoints;  // [255]
+  const uint8_t* guess;    // [65536], by the upper 16 bits of x
+} fastlora_codes;
+
+// Updates elements [first, first + numel) of the vector and their moments.
+FASTLORA_API void fastlora_adamw32(const fastlora_step* step,
+                                   int64_t first,  // any
+                                   int64_t numel,
+                                   float* m,  // [numel]; overwritten
+                                   float* v,  // [numel]; overwritten
+                                   int threads);
+
+FASTLORA_API void fastlora_adamw8(const fastlora_step* step,
+                                  int64_t first,  // a multiple of 256
+                                  int64_t numel,
+                                  uint8_t* m,      // [numel]; overwritten
+                                  uint8_t* v,      // [numel]; overwritten
+                                  float* m_scale,  // [ceil(numel / 256)]; overwritten
+                                  float* v_scale,  // [ceil(numel / 256)]; overwritten
+                                  const fastlora_codes* m_codes,  // signed
+                                  const fastlora_codes* v_codes,  // unsigned
+                                  int threads);
 
 // --- linear layers: m tokens, k in_features, n out_features, r rank ----------------------------
 // m may be 0; k, n and r are 1 or more, unless it is said otherwise. Rows of activations and

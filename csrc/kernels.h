@@ -17,8 +17,9 @@ struct Bf16 {
   uint16_t bits;
 };
 
-constexpr int64_t kStatsGroup = 256;  // block scales that share one second-level scale
-constexpr int64_t kSegment = 4096;    // columns of a dropout row that are one unit of work
+constexpr int64_t kStatsGroup = 256;   // block scales that share one second-level scale
+constexpr int64_t kMomentBlock = 256;  // 8-bit moments that share one scale
+constexpr int64_t kSegment = 4096;     // columns of a dropout row that are one unit of work
 
 struct QuantizeBlocks {
   const void* w;            // [numel]
@@ -64,6 +65,31 @@ struct Dropout {
   int64_t row_stride;
   int64_t k;
   Mask mask;
+};
+
+// A type of 8-bit moments.
+struct Codes {
+  const float* values;     // [256], ascending, as fastlora.codebooks makes them
+  const float* midpoints;  // [255]: where the nearest code changes
+  const uint8_t* guess;    // [65536]: by the upper 16 bits of a number its code, or the one below
+};
+
+// A step of AdamW over a span of the vector that parameters are together.
+struct AdamW {
+  void* const* params;       // [count]
+  const void* const* grads;  // [count]; null: nothing is changed
+  const int64_t* starts;     // [count + 1]: where each parameter begins in the vector
+  const int64_t* rows;       // [count]: of `hypers`
+  const float* hypers;       // [rows, 8]
+  int64_t count;
+  int64_t first;  // where the span begins in the vector
+
+  // of the span: 32 bits, or codes and a scale for each block of 256
+  void* m;
+  void* v;
+  float* m_scale;
+  float* v_scale;
+  Codes m_codes, v_codes;
 };
 
 // What a product is made of. All operands of one product have the same dtype T, sums are fp32.
@@ -168,6 +194,9 @@ struct Kernels {
   void (*quantize_stats)(const QuantizeStats&, int64_t first, int64_t last);
   void (*dequantize_blocks[3])(const DequantizeBlocks&, int64_t first, int64_t last);
   void (*dropout[3])(const Dropout&, int64_t first, int64_t last);
+  // elements [first, last) of the vector; with 8 bits whole blocks, but for the end of the span
+  void (*adamw32[3])(const AdamW&, int64_t first, int64_t last);
+  void (*adamw8[3])(const AdamW&, int64_t first, int64_t last);
   // `count` numbers of the depth, from `first` on
   void (*pack_left[3])(const void* row, int64_t first, int64_t count, float* out);
   void (*multiply[3])(const Product&, const Block&, float* scratch);

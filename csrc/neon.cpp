@@ -16,7 +16,9 @@ namespace {
 
 #include "scalar.h"
 #include "simd_neon.h"
-// the kernels need what the two above define
+//
+#include "moment_codes.h"
+// the kernels need what those above define
 #include "all_kernels.h"
 
 }  // namespace

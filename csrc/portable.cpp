@@ -1,6 +1,7 @@
 // The kernels in plain C++: any processor, Arm included.
 //
 // No library code with inline functions is included: see kernels.h.
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 

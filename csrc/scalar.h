@@ -69,3 +69,13 @@ inline void prefetch_for_write(const void* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i, 1);
 #endif
 }
+
+// Code of number * r, which is finite.
+template <bool kSigned>
+uint8_t code_of(const Codes& codes, float number, float r) {
+  const float x = number * r;
+  const uint8_t guess = codes.guess[bits_of(x) >> 16];
+  const uint8_t code = static_cast<uint8_t>(guess + (x > codes.midpoints[guess]));
+  // the first moment is divided by the root of the second, which must not vanish
+  return !kSigned && code == 0 && number > 0 ? 1 : code;
+}

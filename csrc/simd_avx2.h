@@ -39,7 +39,10 @@ void store(T* p, Vec x) {
 }
 inline Vec splat(float x) { return _mm256_set1_ps(x); }
 inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+inline Vec subtract(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
 inline Vec multiply(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+inline Vec divide(Vec a, Vec b) { return _mm256_div_ps(a, b); }
+inline Vec square_root(Vec x) { return _mm256_sqrt_ps(x); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 
 template <class T>
@@ -260,4 +263,40 @@ inline void drop(Halves numbers, uint32_t threshold, float scale, const float* x
                    _mm256_and_ps(_mm256_mul_ps(_mm256_loadu_ps(x), s), _mm256_castsi256_ps(a)));
   _mm256_storeu_ps(out + 8,
                    _mm256_and_ps(_mm256_mul_ps(_mm256_loadu_ps(x + 8), s), _mm256_castsi256_ps(b)));
+}
+
+template <bool kSigned>
+void decode_block(const float* values, const uint8_t* in, float scale, float* out) {
+  for (int64_t i = 0; i < kMomentBlock; ++i) out[i] = values[in[i]] * scale;
+}
+
+inline Vec at_least(Vec x, Vec least) {
+  return _mm256_max_ps(_mm256_andnot_ps(splat(-0.0f), x), least);
+}
+inline Vec smaller(Vec a, Vec b) { return _mm256_min_ps(a, b); }
+inline Words as_words(Vec x) { return _mm256_castps_si256(x); }
+inline Words integers(Vec x) { return _mm256_cvtps_epi32(x); }
+inline Words shifted(Words x, int right) { return _mm256_srli_epi32(x, right); }
+inline Words both(Words a, Words b) { return _mm256_and_si256(a, b); }
+inline Words differing(Words a, Words b) { return _mm256_xor_si256(a, b); }
+inline Words splat_words(int x) { return _mm256_set1_epi32(x); }
+inline Words least(Words a, Words b) { return _mm256_min_epu32(a, b); }
+inline bool any_zero(Words x) {
+  return _mm256_movemask_epi8(_mm256_cmpeq_epi32(x, _mm256_setzero_si256())) != 0;
+}
+inline Words add_if_above(Words n, Vec a, Vec b) {
+  return _mm256_sub_epi32(n, as_words(_mm256_cmp_ps(a, b, _CMP_GT_OQ)));
+}
+inline Words if_positive(Words n, Vec x) {
+  return both(n, as_words(_mm256_cmp_ps(x, splat(0), _CMP_GT_OQ)));
+}
+inline Words steps_from(int zero, Words n, Vec x) {
+  // of zero no steps are left, which is right
+  return _mm256_add_epi32(splat_words(zero), _mm256_sign_epi32(n, as_words(x)));
+}
+inline void store_bytes(uint8_t* out, const Words (&w)[4]) {
+  // each 128-bit lane has four bytes of each
+  const __m256i bytes =
+      _mm256_packus_epi16(_mm256_packs_epi32(w[0], w[1]), _mm256_packs_epi32(w[2], w[3]));
+  store256(out, _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
 }

@@ -34,7 +34,10 @@ inline void store(Bf16* p, Vec x) {
 }
 inline Vec splat(float x) { return _mm512_set1_ps(x); }
 inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+inline Vec subtract(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
 inline Vec multiply(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+inline Vec divide(Vec a, Vec b) { return _mm512_div_ps(a, b); }
+inline Vec square_root(Vec x) { return _mm512_sqrt_ps(x); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 
 template <class T>
@@ -265,4 +268,97 @@ inline void drop(Halves numbers, uint32_t threshold, float scale, const Bf16* x,
   const __m512i odd = round_bf16(_mm512_mul_ps(pairs.odd, s));
   const __m512i y = _mm512_mask_mov_epi16(even, 0xaaaaaaaa, odd);
   _mm512_storeu_si512(out, _mm512_maskz_mov_epi16(kept(numbers, threshold), y));
+}
+
+// A table in registers. Lookups in two of them read the lower five bits of an index, blends the
+// rest.
+struct Table128 {
+  __m512 parts[8];
+
+  explicit Table128(const float* values) {
+    for (int i = 0; i < 8; ++i) parts[i] = load(values + 16 * i);
+  }
+
+  Vec operator()(__m512i i) const {
+    const __mmask16 bit5 = _mm512_test_epi32_mask(i, _mm512_set1_epi32(32));
+    const __mmask16 bit6 = _mm512_test_epi32_mask(i, _mm512_set1_epi32(64));
+    const Vec low = _mm512_mask_mov_ps(of32(i, 0), bit5, of32(i, 2));
+    const Vec high = _mm512_mask_mov_ps(of32(i, 4), bit5, of32(i, 6));
+    return _mm512_mask_mov_ps(low, bit6, high);
+  }
+
+ private:
+  Vec of32(__m512i i, int at) const { return _mm512_permutex2var_ps(parts[at], i, parts[at + 1]); }
+};
+
+template <bool kSigned>
+struct CodeValues;
+
+// the values below zero are those above it, and one is beyond the others
+template <>
+struct CodeValues<true> {
+  Table128 positive;
+  Vec one;
+
+  explicit CodeValues(const float* values) : positive(values + 127), one(splat(values[255])) {}
+
+  Vec operator()(__m512i codes) const {
+    const __m512i from_zero = _mm512_sub_epi32(codes, _mm512_set1_epi32(127));
+    const __m512i size = _mm512_abs_epi32(from_zero);
+    const Vec value = _mm512_mask_mov_ps(
+        positive(size), _mm512_cmpeq_epi32_mask(size, _mm512_set1_epi32(128)), one);
+    const Vec sign = splat(-0.0f);
+    return _mm512_or_ps(value, _mm512_and_ps(_mm512_castsi512_ps(from_zero), sign));
+  }
+};
+
+template <>
+struct CodeValues<false> {
+  Table128 low, high;
+
+  explicit CodeValues(const float* values) : low(values), high(values + 128) {}
+
+  Vec operator()(__m512i codes) const {
+    const __mmask16 bit7 = _mm512_test_epi32_mask(codes, _mm512_set1_epi32(128));
+    return _mm512_mask_mov_ps(low(codes), bit7, high(codes));
+  }
+};
+
+template <bool kSigned>
+void decode_block(const float* code_values, const uint8_t* in, float scale, float* out) {
+  const CodeValues<kSigned> values(code_values);
+  for (int64_t i = 0; i < kMomentBlock; i += kWidth) {
+    store(out + i, multiply(values(_mm512_cvtepu8_epi32(load128(in + i))), splat(scale)));
+  }
+}
+
+inline Vec at_least(Vec x, Vec least) {
+  return _mm512_max_ps(_mm512_andnot_ps(splat(-0.0f), x), least);
+}
+inline Vec smaller(Vec a, Vec b) { return _mm512_min_ps(a, b); }
+inline Words as_words(Vec x) { return _mm512_castps_si512(x); }
+inline Words integers(Vec x) { return _mm512_cvtps_epi32(x); }
+inline Words shifted(Words x, int right) { return _mm512_srli_epi32(x, right); }
+inline Words both(Words a, Words b) { return _mm512_and_si512(a, b); }
+inline Words differing(Words a, Words b) { return _mm512_xor_si512(a, b); }
+inline Words splat_words(int x) { return _mm512_set1_epi32(x); }
+inline Words least(Words a, Words b) { return _mm512_min_epu32(a, b); }
+inline bool any_zero(Words x) { return _mm512_testn_epi32_mask(x, x) != 0; }
+inline Words add_if_above(Words n, Vec a, Vec b) {
+  return _mm512_mask_add_epi32(n, _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), n, splat_words(1));
+}
+inline Words if_positive(Words n, Vec x) {
+  return _mm512_maskz_mov_epi32(_mm512_cmp_ps_mask(x, splat(0), _CMP_GT_OQ), n);
+}
+inline Words steps_from(int zero, Words n, Vec x) {
+  const __mmask16 negative = _mm512_movepi32_mask(_mm512_castps_si512(x));
+  const Words z = splat_words(zero);
+  return _mm512_mask_sub_epi32(_mm512_add_epi32(z, n), negative, z, n);
+}
+inline void store_bytes(uint8_t* out, const Words (&w)[4]) {
+  // each 128-bit lane has four bytes of each
+  const __m512i bytes =
+      _mm512_packus_epi16(_mm512_packs_epi32(w[0], w[1]), _mm512_packs_epi32(w[2], w[3]));
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  _mm512_storeu_si512(out, _mm512_permutexvar_epi32(order, bytes));
 }

@@ -8,7 +8,10 @@ constexpr int kTileRows = 8;  // 16 sums, two registers of the right operand, on
 
 inline Vec splat(float x) { return vdupq_n_f32(x); }
 inline Vec add(Vec a, Vec b) { return vaddq_f32(a, b); }
+inline Vec subtract(Vec a, Vec b) { return vsubq_f32(a, b); }
 inline Vec multiply(Vec a, Vec b) { return vmulq_f32(a, b); }
+inline Vec divide(Vec a, Vec b) { return vdivq_f32(a, b); }
+inline Vec square_root(Vec x) { return vsqrtq_f32(x); }
 inline Vec fma(Vec a, Vec b, Vec c) { return vfmaq_f32(c, a, b); }
 
 inline Vec wide(uint16x4_t x, const Fp16*) { return vcvt_f32_f16(vreinterpret_f16_u16(x)); }
@@ -259,4 +262,33 @@ void drop(Halves numbers, uint32_t threshold, float scale, const T* x, T* out) {
     drop4(vget_low_u16(keep), s, x + 8 * i, out + 8 * i);
     drop4(vget_high_u16(keep), s, x + 8 * i + 4, out + 8 * i + 4);
   }
+}
+
+template <bool kSigned>
+void decode_block(const float* values, const uint8_t* in, float scale, float* out) {
+  for (int64_t i = 0; i < kMomentBlock; ++i) out[i] = values[in[i]] * scale;
+}
+
+inline Vec at_least(Vec x, Vec least) { return vmaxq_f32(vabsq_f32(x), least); }
+inline Vec smaller(Vec a, Vec b) { return vminq_f32(a, b); }
+inline Words as_words(Vec x) { return vreinterpretq_u32_f32(x); }
+inline Words integers(Vec x) { return vcvtnq_u32_f32(x); }
+inline Words shifted(Words x, int right) { return vshlq_u32(x, vdupq_n_s32(-right)); }
+inline Words both(Words a, Words b) { return vandq_u32(a, b); }
+inline Words differing(Words a, Words b) { return veorq_u32(a, b); }
+inline Words splat_words(int x) { return vdupq_n_u32(static_cast<uint32_t>(x)); }
+inline Words least(Words a, Words b) { return vminq_u32(a, b); }
+inline bool any_zero(Words x) { return vminvq_u32(x) == 0; }
+inline Words add_if_above(Words n, Vec a, Vec b) { return vsubq_u32(n, vcgtq_f32(a, b)); }
+inline Words if_positive(Words n, Vec x) { return vandq_u32(n, vcgtzq_f32(x)); }
+inline Words steps_from(int zero, Words n, Vec x) {
+  const uint32x4_t negative = vcltzq_s32(vreinterpretq_s32_f32(x));
+  const Words z = splat_words(zero);
+  return vbslq_u32(negative, vsubq_u32(z, n), vaddq_u32(z, n));
+}
+inline void store_bytes(uint8_t* out, const Words (&w)[4]) {
+  int16x4_t halves[4];
+  for (int i = 0; i < 4; ++i) halves[i] = vqmovn_s32(vreinterpretq_s32_u32(w[i]));
+  vst1q_u8(out, vcombine_u8(vqmovun_s16(vcombine_s16(halves[0], halves[1])),
+                            vqmovun_s16(vcombine_s16(halves[2], halves[3]))));
 }

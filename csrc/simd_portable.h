@@ -47,9 +47,27 @@ inline Vec add(const Vec& a, const Vec& b) {
   return y;
 }
 
+inline Vec subtract(const Vec& a, const Vec& b) {
+  Vec y;
+  for (int i = 0; i < kWidth; ++i) y.v[i] = a.v[i] - b.v[i];
+  return y;
+}
+
 inline Vec multiply(const Vec& a, const Vec& b) {
   Vec y;
   for (int i = 0; i < kWidth; ++i) y.v[i] = a.v[i] * b.v[i];
+  return y;
+}
+
+inline Vec divide(const Vec& a, const Vec& b) {
+  Vec y;
+  for (int i = 0; i < kWidth; ++i) y.v[i] = a.v[i] / b.v[i];
+  return y;
+}
+
+inline Vec square_root(const Vec& x) {
+  Vec y;
+  for (int i = 0; i < kWidth; ++i) y.v[i] = sqrtf(x.v[i]);
   return y;
 }
 
@@ -194,3 +212,19 @@ void drop(const Halves& numbers, uint32_t threshold, float scale, const T* x, T*
     out[i] = numbers.v[i] >= threshold ? kept : T{};
   }
 }
+
+// as `Codes` says, without moment_codes.h: vectors of a compiler's own making are no help there
+template <bool kSigned>
+struct MomentCodec {
+  Codes codes;
+
+  explicit MomentCodec(const Codes& codes) : codes(codes) {}
+
+  void decode(const uint8_t* in, float scale, float* out) const {
+    for (int64_t i = 0; i < kMomentBlock; ++i) out[i] = codes.values[in[i]] * scale;
+  }
+
+  void encode(const float* in, float r, uint8_t* out) const {
+    for (int64_t i = 0; i < kMomentBlock; ++i) out[i] = code_of<kSigned>(codes, in[i], r);
+  }
+};

@@ -18,7 +18,7 @@ from fastlora.codebooks import STATS_GROUP, dynamic_lut, nf4_code, nf4_threshold
 from fastlora.reference import dropout_threshold
 
 ISAS = ("amx", "avx512bf16", "avx512", "avx2", "neon", "portable")  # best first
-_ABI = 2  # FASTLORA_ABI of csrc/fastlora.h
+_ABI = 3  # FASTLORA_ABI of csrc/fastlora.h
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _I, _L, _U, _F, _P = c_int, c_int64, c_uint32, c_float, c_void_p
 _ROWS = (_P, _L)  # a matrix and how far apart its rows are
@@ -33,6 +33,8 @@ _SIGNATURES = {
     "fastlora_quantize_stats": (None, [_P, _L, _P, _P, _P, _P, _I]),
     "fastlora_dequantize_blocks": (None, [*[_P] * 7, _L, _L, _I, _P, _I]),
     "fastlora_dropout": (None, [_P, _I, _L, _L, _L, *_DROPOUT, _P, _I]),
+    "fastlora_adamw32": (None, [_P, _L, _L, _P, _P, _I]),
+    "fastlora_adamw8": (None, [_P, _L, _L, *[_P] * 6, _I]),
     "fastlora_lora_down": (None, [*_ROWS, _I, _L, _L, *_ROWS, _L, *_DROPOUT, _P, _I]),
     "fastlora_linear": (None, [*_ROWS, _I, _L, _L, _P, _P, *_ROWS, *_ROWS, _L, _F, _P, _I]),
     "fastlora_lora_bwd_ds_db": (

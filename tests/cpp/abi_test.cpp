@@ -5,8 +5,11 @@
 // bytes; and that nothing outside an output is written and nothing past an input is read.
 #include <algorithm>
 #include <functional>
+#include <numeric>
 #include <string>
 
+#include "adamw.h"
+#include "everywhere.h"
 #include "values.h"
 
 namespace {
@@ -15,29 +18,6 @@ constexpr double kScale = 0.75;  // a power of two but for one bit: exact in all
 constexpr int64_t kState[] = {-0x123456789abcdef, 0x500000007};
 constexpr uint32_t kThreshold = 20000;
 const float kKeepScale = 65536.0f / (65536 - kThreshold);
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// The instruction sets to test, as `fastlora_isas` names them.
-std::string& tested() {
-  static std::string names = fastlora_isas();
-  return names;
-}
-
-// Calls body in every instruction set, with one thread and with three.
-void everywhere(const std::string& what, const std::function<void(int threads)>& body) {
-  const std::string& names = tested();
-  for (size_t first = 0; first < names.size();) {
-    const size_t last = std::min(names.find(',', first), names.size());
-    const std::string name = names.substr(first, last - first);
-    if (fastlora_use_isa(name.c_str()) != 0) fail(name.c_str(), "not usable", 0);
-    for (int threads : fastlora_has_threads() ? std::vector<int>{1, 3} : std::vector<int>{1}) {
-      std::snprintf(context(), 200, "%s, %s, %d threads", name.c_str(), what.c_str(), threads);
-      body(threads);
-    }
-    first = last + 1;
-  }
-}
 
 // --- NF4 -------------------------------------------------------------------------------------
 
@@ -458,6 +438,9 @@ class Layer {
 
 int main(int argc, char** argv) {
   if (argc > 1) tested() = argv[1];
+  // of one element; blocks of several parameters, one of them empty; work for threads
+  const std::vector<int64_t> kSizes[] = {{1}, {3, 250, 300, 0, 1, 513, 40}, {70001, 2, 5, 3000}};
+  const CodeTables m_tables(true), v_tables(false);
   for (int dtype : kDtypes) {
     for (int64_t count : {1, 2, 31, 33, 64, 127, 5001, 70033}) {
       for (int64_t blocksize : {32, 64, 4096}) {
@@ -470,6 +453,13 @@ int main(int argc, char** argv) {
     for (int64_t k : {1, 27, 64, 129, 9001}) {
       test_dropout(9, k, 0, dtype);
       test_dropout(3, k, 5, dtype);
+    }
+    for (const auto& sizes : kSizes) {
+      const int64_t count = std::accumulate(sizes.begin(), sizes.end(), int64_t{0});
+      AdamW(sizes, 0, count, dtype).test32();
+      AdamW(sizes, count / 3, count / 2, dtype).test32();
+      AdamW(sizes, 0, count, dtype).test8(m_tables, v_tables);
+      if (count > 512) AdamW(sizes, 256, count - 257, dtype).test8(m_tables, v_tables);
     }
     for (const Shape& shape : kShapes) {
       // rows that are neighbours, and rows that are neither that nor aligned
