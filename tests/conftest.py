@@ -44,6 +44,7 @@ LONGEST = (
     "test_cli_installed.py",
     "test_compile.py",
     "test_curves.py",
+    "test_optim_curves.py",
     "test_cli_resume.py",
     "test_ops.py",
     "test_cpu_linear.py",

@@ -152,6 +152,15 @@ def test_killing_at_any_moment_of_saving_leaves_a_loadable_checkpoint(tmp_path):
     assert "50 kills, 0 unloadable" in done.stdout
 
 
+def test_every_optimizer_goes_on_to_the_bit(tmp_path):
+    """Killed and resumed; in a process of its own, as it forks."""
+    script = Path(__file__).with_name("kill_and_resume.py")
+    command = [sys.executable, script, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("the same to the bit") == 4
+
+
 # --- resuming --------------------------------------------------------------------------------
 
 
@@ -251,6 +260,25 @@ def test_a_run_may_be_made_longer(copied):
     shorter = invoke("train", "--resume", "-o", copied, "--steps", "3")
     assert shorter.exit_code == 2
     assert "steps must be at least those that are done, 15, got 3" in one_line(shorter)
+
+
+def test_a_run_may_go_on_paged_and_back(finished, copied, tmp_path):
+    """As after running out of memory; the results are the same to the bit."""
+    checkpoints.clear(copied, after=4)
+    words = ("--optim", "paged_adamw", "--page-budget", "128KiB", "--page-folder", tmp_path)
+    paged = invoke("train", "--resume", "-o", copied, *words)
+    assert paged.exit_code == 0, paged.stderr
+    assert "66 kB in pages, 8 bytes a trained weight" in paged.stdout
+    assert "1 frames for 1 pages" in paged.stdout
+    assert_same_run(finished, copied)
+    checkpoints.clear(copied, after=8)
+    back = invoke("train", "--resume", "-o", copied, "--optim", "adamw")
+    assert back.exit_code == 0, back.stderr
+    assert "66 kB resident, 8 bytes a trained weight" in back.stdout
+    assert_same_run(finished, copied)
+    other = invoke("train", "--resume", "-o", copied, "--optim", "adamw8bit")
+    assert other.exit_code == 2
+    assert "optim must be that of the run to resume, adamw, got adamw8bit" in one_line(other)
 
 
 def test_early_stopping_counts_on_and_the_best_adapter_is_kept(model, data, tmp_path):

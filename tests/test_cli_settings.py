@@ -108,6 +108,13 @@ def test_the_command_line_excludes_what_the_file_has_in_its_place(parse):
         ("double_quant: maybe", "'--double-quant'"),
         ("dtype: [fp32, bf16]", "'fp32,bf16' is not one of"),
         ("blocksize: 65", "blocksize must be one of"),
+        ("page_budget: 1GiB", "page-budget must be for a paged optimizer, got adamw"),
+        ("page_folder: .\noptim: sgd", "page-folder must be for a paged optimizer, got sgd"),
+        ("page_budget: 1GX\noptim: paged_adamw", "page-budget: a size must be bytes, or a number"),
+        ("page_budget: 9kB\noptim: paged_adamw", "page-budget must be at least 128KiB, got 9kB"),
+        ("lora_plus_ratio: 4\noptim: sgd", "lora-plus-ratio must be for one of the adamw, got sgd"),
+        ("lora_plus_ratio: 0", "lora-plus-ratio must be above 0, got 0"),
+        ("page_folder: no/such\noptim: paged_adamw8bit", "page-folder must be a folder, got"),
         ("template: wat", "template must be chat or contain {prompt} exactly once, got 'wat'"),
     ],
     ids=lambda text: text[:20],
@@ -168,6 +175,22 @@ def test_a_resumed_run_keeps_what_it_computes(tmp_path):
     for name, value in {"lr": 2e-3, "rank": 8, "seed": 1, "data": tmp_path / "e"}.items():
         with pytest.raises(UserError, match=f"{name} must be that of the run to resume"):
             run.resumed({name: value})
+
+
+def test_a_run_that_goes_on_without_pages_has_no_page_settings(tmp_path):
+    run = TrainSettings(model="org/m", data=tmp_path / "d", optim="paged_adamw", page_budget="1MB")
+    resident = run.resumed({"optim": "adamw"})
+    assert (resident.optim, resident.page_budget) == ("adamw", None)
+    assert resident.resumed({"optim": "paged_adamw"}).page_budget is None
+    with pytest.raises(UserError, match="page-budget must be for a paged optimizer"):
+        run.resumed({"optim": "adamw", "page_budget": "1MB"})
+
+
+def test_page_budgets_are_read_as_people_write_them():
+    sizes = {"auto": None, "256MiB": 2**28, "1.5 gb": 15 * 10**8, "200000": 200_000}
+    for text, count in sizes.items():
+        assert TrainSettings(optim="paged_adamw", page_budget=text).page_bytes == count
+    assert TrainSettings(optim="paged_adamw").page_bytes is None
 
 
 def test_paths_become_absolute_and_hub_names_do_not(tmp_path, monkeypatch):

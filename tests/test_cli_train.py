@@ -401,6 +401,28 @@ def test_arguments_of_the_optimizer_and_the_trackers_reach_trainer(tmp_path):
     assert training._arguments(TrainSettings(output=tmp_path), torch.float16).fp16
 
 
+def test_lora_plus_trains_b_faster(trained, model, data, tmp_path):
+    """From the second step on, as the first changes only B."""
+    output, _ = trained
+    words = ("--steps", "1", "--lora-plus-ratio", "2", *OPTIONS, "--scheduler", "constant")
+    assert invoke("train", model, data, "-o", tmp_path, *words).exit_code == 0
+    (plain,) = (r for r in records(output) if r["step"] == 1)
+    (plus,) = records(tmp_path)
+    assert plus["loss"] == plain["loss"]
+    groups = torch.load(tmp_path / "checkpoint-1" / "optimizer.pt", weights_only=True)
+    rates = {name: g["lr"] for g in groups["param_groups"] for name in g["param_names"]}
+    assert {rate for name, rate in rates.items() if "lora_A" in name} == {1e-2}
+    assert {rate for name, rate in rates.items() if "lora_B" in name} == {2e-2}
+
+
+@pytest.mark.parametrize("name", ["adafactor", "sgd"])
+def test_optimizers_of_trainer_train_too(name, model, data, tmp_path):
+    words = ("--steps", "2", "--optim", name, *OPTIONS)
+    result = invoke("train", model, data, "-o", tmp_path, *words)
+    assert result.exit_code == 0, result.stderr
+    assert "moments" not in result.stdout
+
+
 @pytest.mark.parametrize("pad", [0, 7])
 def test_a_decoder_classifies_by_the_last_token_that_is_no_padding(pad, tmp_path):
     """Whatever pads: its loss is the same one by one and in a batch."""

@@ -1,51 +1,27 @@
 """Whole-model parity: the loss curve of a real model follows PEFT over the same weights."""
 
 import copy
-import json
 import math
 
 import pytest
 import torch
-from helpers import data_dir, smollm2_gguf
 
-import fastlora
 from fastlora.nn import Linear4bit, LoraLinear
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-from fastlora.cli import models  # noqa: E402  transformers is optional
-from fastlora.cli.settings import TrainSettings  # noqa: E402
+from curve_helpers import adapted, batches, losses, smollm2  # noqa: E402  transformers is optional
 
-BATCH, LENGTH = 1, 64  # tokens a step are what the test costs
 WINDOW = 20  # steps of one mean, at most
 # largest relative difference of a mean over WINDOW steps, and of a single step
 LIMITS = {torch.float32: (1e-3, 1e-3), torch.bfloat16: (1e-2, 5e-2)}
 
 
-def batches(tokenizer, steps):
-    """Token ids [BATCH, LENGTH] of gsm8k, one after the other."""
-    with open(data_dir() / "gsm8k" / "train.jsonl") as lines:
-        text = "\n".join(
-            "{question}\n{answer}\n".format(**json.loads(next(lines))) for _ in range(4 * steps)
-        )
-    ids = torch.tensor(tokenizer(text).input_ids)
-    return ids[: steps * BATCH * LENGTH].view(steps, BATCH, LENGTH)
-
-
 @pytest.fixture(scope="module")
 def base():
     """The model in fp32 and its tokenizer, loaded once."""
-    loaded = models.load(
-        models.find(str(smollm2_gguf())), TrainSettings(quantize="none", dtype="fp32")
-    )
-    return loaded.model.train(), loaded.tokenizer
-
-
-def fastlora_model(model):
-    fastlora.quantize_model(model)
-    config = fastlora.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
-    return fastlora.prepare_for_training(fastlora.add_lora(model, config))
+    return smollm2()
 
 
 def peft_model(model, ours):
@@ -71,27 +47,18 @@ def peft_model(model, ours):
     return model
 
 
-def losses(model, ids):
+def trained_losses(model, ids):
     """Loss of every step of plain AdamW training."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=2e-4, weight_decay=0.0)
-    curve = []
-    for batch in ids:
-        loss = model(input_ids=batch, labels=batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        curve.append(loss.item())
-    return torch.tensor(curve, dtype=torch.float64)
+    return losses(model, torch.optim.AdamW(trained, lr=2e-4, weight_decay=0.0), ids)
 
 
 def check_curves(base, dtype, steps):
     model, tokenizer = base
-    ours = fastlora_model(copy.deepcopy(model).to(dtype))
+    ours = adapted(copy.deepcopy(model).to(dtype))
     theirs = peft_model(copy.deepcopy(model).to(dtype), ours)
     ids = batches(tokenizer, steps)
-    got, expected = losses(ours, ids), losses(theirs, ids)
+    got, expected = (trained_losses(model, ids) for model in (ours, theirs))
     assert all(math.isfinite(loss) for loss in expected)
     mean_limit, step_limit = LIMITS[dtype]
     window = min(WINDOW, steps)

@@ -47,6 +47,8 @@ def tiny_model(tmp_path, monkeypatch):
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained("my-model")
 
 
+# Trainer's default, of which torch warns where there is no GPU
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set:UserWarning")
 @pytest.mark.usefixtures("tiny_model")
 def test_python_blocks_run_in_order():
     found = blocks("python")

@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from rich.text import Text
 
 # by version typer imports click or carries its own; in both this is the class of usage errors
 UsageError = typer.BadParameter.__bases__[0]
+
+_POWERS = {"k": 1, "m": 2, "g": 3}  # letters of units of bytes
 
 
 class _Screen(Console):
@@ -129,6 +132,27 @@ def size(count: float) -> str:
         count /= 1000
         units.pop(0)
     return f"{count:.{int(count < 10 and units[0] != 'B')}f} {units[0]}"
+
+
+def parse_size(text: str) -> int:
+    """A number of bytes, as people write it.
+
+    Args:
+        text: a number, alone or with B, kB, MB, GB (powers of ten), KiB, MiB or GiB (of two), in
+            any case.
+
+    Returns:
+        Bytes.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    powers = "|".join(_POWERS)
+    match = re.fullmatch(rf"(\d+(?:\.\d+)?) ?(?:({powers})?(i)?b)?", text.strip().lower())
+    if match is None or (match[3] and not match[2]):
+        raise ValueError(f"a size must be bytes, or a number with kB, MiB and such, got {text!r}")
+    factor = 1024 if match[3] else 1000
+    return int(float(match[1]) * factor ** _POWERS.get(match[2], 0))
 
 
 def duration(seconds: float) -> str:

@@ -13,16 +13,25 @@ from typing import Annotated, Any, Literal, get_type_hints
 import typer
 
 from fastlora.atomic import replace_file
-from fastlora.cli.console import UsageError, UserError, check_text, reported, require
+from fastlora.cli.console import (
+    UsageError,
+    UserError,
+    check_text,
+    parse_size,
+    reported,
+    require,
+)
 from fastlora.cli.data import parse_fields
 from fastlora.codebooks import BLOCKSIZES
+from fastlora.optim.budget import MIN_PAGE
 
 Quantize = Literal["nf4", "none"]
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 Scheduler = Literal["linear", "cosine", "constant"]
-Optimizer = Literal["adamw", "adafactor", "sgd"]
+Optimizer = Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit", "adafactor", "sgd"]
 PROMPT = "{prompt}"
 CHAT = "chat"
+AUTO = "auto"
 SETTINGS_FILE = "settings.yaml"
 
 _adapter, _base, _data, _optimisation, _evaluation, _run = (
@@ -32,11 +41,13 @@ _adapter, _base, _data, _optimisation, _evaluation, _run = (
 _count = {"metavar": "N", "min": 1}
 _share = {"metavar": "X", "min": 0, "max": 1}
 _amount = {"metavar": "X", "min": 0}
+_PAGING = ("page_budget", "page_folder")
+_PAGED = "paged_"  # prefix of optimizers
 _EITHER = (("epochs", "steps"), ("eval_data", "eval_share"), ("packing", "group_by_length"))
 # what a resumed run may do otherwise than the run it goes on with
 _FREE_TO_CHANGE = {
     *("epochs", "steps", "output", "eval_steps", "save_steps", "keep", "logging_steps"),
-    "report_to",
+    *("report_to", *_PAGING),
 }
 
 
@@ -167,7 +178,37 @@ class TrainSettings:
         float, _optimisation(help="Largest norm of the gradients; 0: any.", **_amount)
     ] = 1.0
     weight_decay: Annotated[float, _optimisation(help="Decay of the weights.", **_amount)] = 0.0
-    optim: Annotated[Optimizer, _optimisation(help="The optimizer.")] = "adamw"
+    optim: Annotated[
+        Optimizer,
+        _optimisation(
+            metavar="NAME",
+            help="adamw, adamw8bit, paged_adamw, paged_adamw8bit (fastlora's own; paged: moments "
+            "are in host memory), adafactor or sgd.",
+        ),
+    ] = "adamw"
+    lora_plus_ratio: Annotated[
+        float | None,
+        _optimisation(
+            metavar="X",
+            help="LoRA+: B learns at so many times the rate of A.",
+            show_default="1",
+            min=0,
+        ),
+    ] = None
+    page_budget: Annotated[
+        str | None,
+        _optimisation(
+            metavar="SIZE",
+            help="Memory of the GPU that pages of moments may take: auto, or such as 256MiB.",
+            show_default="auto",
+        ),
+    ] = None
+    page_folder: Annotated[
+        Path | None,
+        _optimisation(
+            help="Keep the moments in a file in this folder.", show_default="in host memory"
+        ),
+    ] = None
 
     eval_data: Annotated[
         Path | None, _evaluation(help="Held-out examples in a file of their own.")
@@ -217,6 +258,10 @@ class TrainSettings:
             raise UserError(f"blocksize must be one of {BLOCKSIZES}, got {self.blocksize}")
         if self.eval_share == 1:
             raise UserError("eval-share must be below 1, got 1")
+        if self.page_bytes is not None and self.page_bytes < 2 * MIN_PAGE:
+            raise UserError(f"page-budget must be at least 128KiB, got {self.page_budget}")
+        if self.lora_plus_ratio == 0:
+            raise UserError("lora-plus-ratio must be above 0, got 0")
         if self.labels is not None and len({*self.classes}) < max(2, len(self.classes)):
             raise UserError(f"labels must be two or more that differ, got {self.labels!r}")
 
@@ -230,11 +275,24 @@ class TrainSettings:
                 raise UserError(f"{option(name)} must have eval-data or eval-share, got neither")
         if self.early_stopping and not self.eval_steps:
             raise UserError("early-stopping must have eval-steps, got none")
+        if self.lora_plus_ratio is not None and "adamw" not in self.optim:
+            raise UserError(f"lora-plus-ratio must be for one of the adamw, got {self.optim}")
+        for name in _PAGING:
+            if getattr(self, name) is not None and not self.optim.startswith(_PAGED):
+                raise UserError(f"{option(name)} must be for a paged optimizer, got {self.optim}")
 
     @property
     def classes(self) -> tuple[str, ...]:
         """The labels, one by one; empty for a language model."""
         return tuple(name.strip() for name in (self.labels or "").split(",") if name.strip())
+
+    @property
+    def page_bytes(self) -> int | None:
+        """The page budget in bytes; None: the optimizer's own choice."""
+        if self.page_budget in (None, AUTO):
+            return None
+        with reported(ValueError, about="page-budget: "):
+            return parse_size(self.page_budget)
 
     @property
     def field_names(self) -> dict[str, str]:
@@ -302,11 +360,16 @@ class TrainSettings:
         """
         # the length is one setting in two units
         length = {"epochs": None, "steps": None} if {"epochs", "steps"} & given.keys() else {}
-        wanted = dataclasses.replace(self, **length | dict(given)).absolute()
+        # whether pages are used changes no result; without them their settings have no meaning
+        paged = given.get("optim", self.optim).startswith(_PAGED)
+        paging = {} if paged else dict.fromkeys(_PAGING)
+        wanted = dataclasses.replace(self, **length | paging | dict(given)).absolute()
         for name in given.keys() - _FREE_TO_CHANGE:
             before, now = getattr(self, name), getattr(wanted, name)
             if name == "dtype" and now == "auto":
                 wanted = dataclasses.replace(wanted, dtype=self.dtype)
+            elif name == "optim" and now.removeprefix(_PAGED) == before.removeprefix(_PAGED):
+                continue
             elif now != before:
                 raise UserError(
                     f"{option(name)} must be that of the run to resume, {before}, got {now}"

@@ -57,6 +57,8 @@ def train(
         settings = TrainSettings.load(settings.output).resumed(given)
     settings = settings.absolute()
     check_output(settings.output, reuse=overwrite or resume, hint=_IN_USE)
+    if settings.page_folder is not None and not settings.page_folder.is_dir():
+        raise UserError(f"page-folder must be a folder, got {settings.page_folder}")
     for name in ("model", "data"):
         if getattr(settings, name) is None:
             raise UserError(f"{name} must be given, got none: as an argument, or in the config")

@@ -5,13 +5,14 @@ import os
 import re
 import shlex
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
+from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import get_available_reporting_integrations
 
@@ -25,12 +26,15 @@ from fastlora.cli.plot import CURVE_FILE, save_curve
 from fastlora.cli.progress import Bar, Record, RunLog, peak_memory
 from fastlora.cli.settings import SETTINGS_FILE, TrainSettings
 from fastlora.cli.trainer import AdapterTrainer
+from fastlora.integrations.transformers import optimizer_cls_and_kwargs
+from fastlora.optim import AdamW, MemoryBudgetError
 
 ADAPTER_FILE = "adapter_model.safetensors"
 METRICS_FILE = "metrics.jsonl"
 SAMPLE = 32  # training examples to score where none are held out
 _SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
-_OPTIMIZERS = {"adamw": "adamw_torch_fused", "adafactor": "adafactor", "sgd": "sgd"}
+# Trainer's own; with ours its argument has no say
+_OPTIMIZERS = {"adafactor": "adafactor", "sgd": "sgd"}
 _OUTPUTS = (ADAPTER_FILE, "adapter_config.json", METRICS_FILE, CURVE_FILE, SETTINGS_FILE)
 
 
@@ -71,6 +75,8 @@ class Result:
             run has none on record.
         after: scores with the adapter.
         best: step of the adapter that was kept, where it is not the last.
+        optimizer: label and text of what the optimizer kept and how it paged; empty where it is
+            not ours.
     """
 
     records: list[Record]
@@ -79,6 +85,7 @@ class Result:
     before: Mapping[str, float]
     after: Mapping[str, float]
     best: int | None
+    optimizer: tuple[tuple[str, str], ...]
 
     @property
     def tokens_per_second(self) -> float:
@@ -218,6 +225,8 @@ def summarise(result: Result, task: Task, output: Path) -> None:
         f"{result.tokens_per_second:.0f} tokens/s",
     )
     note("memory", f"{size(result.memory_bytes)} at most")
+    for label, text in result.optimizer:
+        note(label, text)
     if result.best is not None:
         note("best", f"the adapter of step {result.best} is kept")
     note("saved", f"{output / ADAPTER_FILE}, {METRICS_FILE}, {CURVE_FILE}, {SETTINGS_FILE}")
@@ -286,6 +295,7 @@ def _run(
         before=_unprefixed(next((r for r in scores if r["step"] == 0), {})),
         after=_unprefixed(after),
         best=kept if kept != trainer.state.global_step else None,
+        optimizer=(*_account(trainer.optimizer),),
     )
 
 
@@ -295,9 +305,13 @@ def _train(
     interrupts: Interrupts,
     checkpoint: Path | None,
 ) -> None:
-    memory = reported(torch.OutOfMemoryError, about="the GPU must have more memory: ", exit_code=1)
+    memory = reported(
+        *(torch.OutOfMemoryError, MemoryBudgetError),
+        about="the GPU must have more memory: ",
+        exit_code=1,
+    )
     try:
-        with interrupts.training(), memory:
+        with interrupts.training(), memory, reported(OSError, exit_code=1):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except AllDone:
         note("done", f"all {trainer.state.max_steps} steps; --steps or --epochs take it further")
@@ -335,6 +349,7 @@ def _trainer(
         stops = [EarlyStoppingCallback(settings.early_stopping)]
     collator = packing.PackedCollator if settings.packing else Collator
     train = task.train.examples
+    arguments = _arguments(settings, base.model.dtype)
     return AdapterTrainer(
         base=base,
         scored=task.scored,
@@ -343,12 +358,40 @@ def _trainer(
         interrupts=interrupts,
         digest=task.train.digest,
         callbacks=stops,
-        args=_arguments(settings, base.model.dtype),
+        args=arguments,
+        optimizer_cls_and_kwargs=_optimizer(base.model, settings, arguments),
         train_dataset=packing.pack(train, settings.max_length) if settings.packing else train,
         # Trainer wants one where it is to evaluate, which is done by `scored`
         eval_dataset=task.scored.examples,
         data_collator=collator(base.pad_id),
     )
+
+
+def _optimizer(
+    model: nn.Module, settings: TrainSettings, arguments: TrainingArguments
+) -> tuple[type[AdamW], dict[str, Any]] | None:
+    """Ours for Trainer; None where it is to make its own."""
+    if settings.optim in _OPTIMIZERS:
+        return None
+    return optimizer_cls_and_kwargs(
+        arguments,
+        settings.optim,
+        model,
+        page_budget=settings.page_bytes,
+        page_folder=settings.page_folder,
+        lora_plus_ratio=settings.lora_plus_ratio,
+    )
+
+
+def _account(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, str]]:
+    """Label and text of what an optimizer of ours kept, and how it paged."""
+    ours = getattr(optimizer, "optimizer", optimizer)  # of accelerate's wrapper
+    if isinstance(ours, AdamW):
+        memory = ours.memory()
+        where = "in pages" if memory.host_bytes else "resident"
+        total = size(memory.device_bytes + memory.host_bytes)
+        yield "moments", f"{total} {where}, {memory.bytes_per_parameter:.3g} bytes a trained weight"
+        yield from (("pages", str(stats)) for stats in ours.page_stats())
 
 
 def _arguments(settings: TrainSettings, dtype: torch.dtype) -> TrainingArguments:
@@ -364,7 +407,7 @@ def _arguments(settings: TrainSettings, dtype: torch.dtype) -> TrainingArguments
         gradient_accumulation_steps=settings.accumulation,
         max_grad_norm=settings.clip,
         weight_decay=settings.weight_decay,
-        optim=_OPTIMIZERS[settings.optim],
+        optim=_OPTIMIZERS.get(settings.optim, "adamw_torch"),
         # fp16 needs the loss scaler; bf16 not even autocast: the layers mix it with fp32 adapters
         fp16=dtype == torch.float16,
         seed=settings.seed,
