@@ -61,9 +61,10 @@ inline int64_t param_at(const AdamW& a, int64_t element) {
 }
 
 // Updates elements [first, last), whose moments are m and v; `param` is that of the first, then
-// that of the last.
+// that of the last. Returns whether there was anything to update.
 template <class T>
-void adamw_parts(const AdamW& a, int64_t* param, int64_t first, int64_t last, float* m, float* v) {
+bool adamw_parts(const AdamW& a, int64_t* param, int64_t first, int64_t last, float* m, float* v) {
+  bool updated = false;
   for (int64_t at = first; at < last;) {
     while (a.starts[*param + 1] <= at) ++*param;
     const int64_t start = a.starts[*param], next = a.starts[*param + 1];
@@ -73,9 +74,11 @@ void adamw_parts(const AdamW& a, int64_t* param, int64_t first, int64_t last, fl
       const T* g = static_cast<const T*>(a.grads[*param]) + (at - start);
       const AdamWRow row(a.hypers + 8 * a.rows[*param]);
       adamw_part(row, w, g, m + (at - first), v + (at - first), end - at);
+      updated = true;
     }
     at = end;
   }
+  return updated;
 }
 
 template <class T>
@@ -150,7 +153,8 @@ void adamw8(const AdamW& args, int64_t first, int64_t last) {
     const int64_t count = last - at < kMomentBlock ? last - at : kMomentBlock;
     m.decode(block, count, m_numbers);
     v.decode(block, count, v_numbers);
-    adamw_parts<T>(a, &param, at, at + count, m_numbers, v_numbers);
+    // decoded and encoded again, moments would change
+    if (!adamw_parts<T>(a, &param, at, at + count, m_numbers, v_numbers)) continue;
     m.encode(m_numbers, block, count);
     v.encode(v_numbers, block, count);
   }

@@ -191,12 +191,14 @@ def _adamw8_kernel(
     v = _decode(v_ptr, v_scale_ptr, v_map_ptr, rows, offs, there, there_block)
     low = tl.load(tiles_ptr + 2 * (begin // TABLE_TILE))
     high = tl.load(tiles_ptr + 2 * ((end - 1) // TABLE_TILE) + 1)
+    updated = tl.zeros([ROWS], tl.int32)
     for i in range(low, high):
         w_ptr, g_ptr, given, start, stop, row = _slot(
             i, P, pointers_ptr, starts_ptr, DTYPE, ALIGNED
         )
         if given:
             inside = (element >= start) & (element < tl.minimum(stop, end))
+            updated |= tl.max(inside.to(tl.int32), 1)
             at = element - start
             w = tl.load(w_ptr + at, mask=inside).to(tl.float32)
             g = tl.load(g_ptr + at, mask=inside).to(tl.float32)
@@ -205,6 +207,8 @@ def _adamw8_kernel(
             m, v = tl.where(inside, new_m, m), tl.where(inside, new_v, v)
     # what lies behind the end has no say in the scale
     m, v = tl.where(there, m, 0.0), tl.where(there, v, 0.0)
+    # decoded and encoded again, moments would change
+    there, there_block = there & (updated[:, None] == 1), there_block & (updated == 1)
     code, scale = _encode(m, m_guess_ptr, m_edges_ptr)
     tl.store(m_ptr + offs, code.to(tl.uint8), mask=there)
     tl.store(m_scale_ptr + rows, scale, mask=there_block)

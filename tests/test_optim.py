@@ -78,6 +78,22 @@ def test_no_gradient_at_all_changes_nothing(backend, state_bits):
     assert optimizer.state_dict()["state"]["runs"][0]["steps"] == state["runs"][0]["steps"]
 
 
+@pytest.mark.parametrize("state_bits", [32, 8])
+def test_moments_stay_while_there_is_no_gradient(backend, state_bits):
+    params = make_params(shapes=[(256,), (4, 256), (300,)])
+    optimizer = optim.AdamW(params, state_bits=state_bits)
+    train(optimizer, range(3))
+    (before,) = optimizer.state_dict()["state"]["runs"]
+    for seed in range(3, 30):
+        set_grads(params, seed)
+        params[1].grad = None
+        optimizer.step()
+    (after,) = optimizer.state_dict()["state"]["runs"]
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(after[name][256:1280], before[name][256:1280])
+        assert not torch.equal(after[name][:256], before[name][:256])
+
+
 def test_tensors_that_are_not_contiguous(backend):
     def params():
         base = torch.arange(60.0, device=DEVICE).view(6, 10)

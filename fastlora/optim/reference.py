@@ -21,7 +21,8 @@ def adamw(step: Step, first: int, moments: Moments) -> None:
         v = beta2 v + ((1 - beta2) g) g
         w = w decay - step_size (m / (sqrt(v) correction + eps))
 
-    8-bit moments are decoded first and encoded at the end, w is updated by what lies between.
+    8-bit moments are decoded first and encoded at the end, w is updated by what lies between. A
+    block without any gradient stays as it is: encoded again, moments may change.
 
     Args:
         step: from `prepare`; its parameters are overwritten.
@@ -30,6 +31,7 @@ def adamw(step: Step, first: int, moments: Moments) -> None:
     """
     last = first + moments.numel
     full = decode(moments) if moments.m_scale is not None else moments
+    updated = torch.zeros(moments.numel, dtype=torch.bool, device=moments.m.device)
     for i in step.flat.overlapping(first, last):
         if step.grads[i] is None:
             continue
@@ -38,8 +40,9 @@ def adamw(step: Step, first: int, moments: Moments) -> None:
         inside, here = slice(low - start, high - start), slice(low - first, high - first)
         w, g = step.params[i].view(-1)[inside], step.grads[i].view(-1)[inside]
         _update(w, g, full.m[here], full.v[here], step.hypers[step.rows[i]].tolist())
+        updated[here] = True
     if full is not moments:
-        encode(full, moments)
+        _encode_blocks(full, moments, updated)
 
 
 def _update(w: Tensor, g: Tensor, m: Tensor, v: Tensor, hypers: list[float]) -> None:
@@ -60,6 +63,16 @@ def decode(moments: Moments) -> Moments:
     )
 
 
+def _encode_blocks(full: Moments, moments: Moments, updated: Tensor) -> None:
+    new = Moments(*(t.clone() for t in moments.tensors()))
+    encode(full, new)
+    blocks = _blocks(updated).any(dim=1)
+    elements = _spread(blocks, moments.numel)
+    masks = (elements, elements, blocks, blocks)
+    for old, t, mask in zip(moments.tensors(), new.tensors(), masks, strict=True):
+        old.copy_(torch.where(mask, t, old))
+
+
 def encode(full: Moments, moments: Moments) -> None:
     """Write fp32 moments as 8-bit ones.
 
@@ -75,12 +88,16 @@ def encode(full: Moments, moments: Moments) -> None:
 
 
 def _encode(x: Tensor, codes: Tensor, out: Tensor, scale: Tensor) -> None:
-    padded = torch.nn.functional.pad(x, (0, -x.numel() % BLOCK)).view(-1, BLOCK)
-    scale.copy_(padded.abs().amax(dim=1))
+    scale.copy_(_blocks(x).abs().amax(dim=1))
     reciprocal = 1 / scale
     reciprocal = torch.where(reciprocal.isfinite(), reciprocal, 0.0)  # a block of zeros
     found = torch.bucketize(x * _spread(reciprocal, x.numel()), midpoints(codes), out_int32=True)
     out.copy_(found)
+
+
+def _blocks(x: Tensor) -> Tensor:
+    """[blocks, 256], the last one filled up with zeros."""
+    return torch.nn.functional.pad(x, (0, -x.numel() % BLOCK)).view(-1, BLOCK)
 
 
 def _spread(scale: Tensor, numel: int) -> Tensor:
