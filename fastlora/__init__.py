@@ -1,6 +1,7 @@
 """fastlora: kernel-level LoRA and QLoRA with drop-in linear layers."""
 
 from importlib.metadata import version
+from typing import Any
 
 from fastlora import nn, ops
 from fastlora.adapters import load_adapter, save_adapter
@@ -40,3 +41,18 @@ __all__ = [
     "set_adapter",
     "unload_lora",
 ]
+
+# exported by name only, because PEFT is optional and slow to import
+_PEFT = ("PatchReport", "disable", "enable", "patch_peft", "unpatch_peft")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PEFT:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from fastlora.integrations import peft
+
+    return getattr(peft, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PEFT})

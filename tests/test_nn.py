@@ -30,6 +30,20 @@ def assert_same_bytes(module, expected):
 
 
 @pytest.mark.parametrize("double_quant", [True, False], ids=["nested", "flat"])
+def test_linear4bit_takes_other_values(double_quant):
+    layer = Linear4bit.from_linear(linear(), blocksize=128, double_quant=double_quant)
+    layer.to(torch.bfloat16)
+    other = linear()
+    layer.requantize(other.weight.detach())
+    expected = Linear4bit.from_linear(other, blocksize=128, double_quant=double_quant)
+    assert layer.compute_dtype == torch.bfloat16
+    assert torch.equal(layer.dequantize(torch.float32), expected.dequantize(torch.float32))
+    wrong = other.weight.detach().T
+    with pytest.raises(ValueError, match=r"w must be \[40, 96\], got \[96, 40\]"):
+        layer.requantize(wrong)
+
+
+@pytest.mark.parametrize("double_quant", [True, False], ids=["nested", "flat"])
 @pytest.mark.parametrize("K", [96, 45], ids=["even", "odd"])
 def test_linear4bit_is_the_quantised_layer(K, double_quant):
     dense = linear(K)

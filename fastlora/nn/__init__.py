@@ -1,6 +1,6 @@
 """Drop-in replacements of `torch.nn.Linear`: `Linear4bit` holds NF4, `LoraLinear` adds adapters."""
 
-from fastlora.nn.group import Group, group_layers, group_of, keep_group, ungroup
+from fastlora.nn.group import Group, group_layers, group_of, is_hooked, keep_group, ungroup
 from fastlora.nn.linear4bit import Linear4bit
 from fastlora.nn.lora import LoraLinear, is_conv1d
 from fastlora.nn.saved import SavedModule
@@ -15,6 +15,7 @@ __all__ = [
     "group_layers",
     "group_of",
     "is_conv1d",
+    "is_hooked",
     "keep_group",
     "ungroup",
 ]

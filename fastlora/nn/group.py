@@ -197,7 +197,7 @@ class Group:
             and type(child).forward is GroupedLinear.forward
             and child.group is self
             and child.runs_itself
-            and not _is_hooked(child)
+            and not is_hooked(child)
         )
 
 
@@ -391,14 +391,15 @@ def _keeper(module: nn.Module) -> nn.Module:
     return module.keeper if isinstance(module, GroupedLinear) else module
 
 
-def _is_hooked(m: nn.Module) -> bool:
-    """Whether others run before or after the layer, or instead of it (accelerate)."""
+def is_hooked(module: nn.Module) -> bool:
+    """Whether others run before or after a module, or instead of it (accelerate)."""
     return bool(
-        m._forward_hooks
-        or m._forward_pre_hooks
-        or m._backward_hooks
-        or m._backward_pre_hooks
-        or not vars(m).keys().isdisjoint(("forward", "_hf_hook"))
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or "_hf_hook" in module.__dict__
     )
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -171,6 +172,21 @@ class Linear4bit(GroupedLinear):
             [N, K], a new tensor.
         """
         return dequantize_nf4(self.nf4, dtype)
+
+    def requantize(self, w: Tensor) -> None:
+        """Give the layer other values, quantised as the old ones were.
+
+        Args:
+            w: [N, K], fp32, fp16 or bf16.
+
+        Raises:
+            ValueError: w has another shape or dtype, or holds NaN or Inf.
+        """
+        if w.shape != (self.out_features, self.in_features):
+            wanted = [self.out_features, self.in_features]
+            raise ValueError(f"w must be {wanted}, got {[*w.shape]}")
+        q = quantize_nf4(w, self.blocksize, self.absmax2 is not None)
+        self._set_nf4(replace(q, dtype=self.compute_dtype))
 
     def member(self) -> Member:
         """The layer as `ops.linear_group` takes it."""

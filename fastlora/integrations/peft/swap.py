@@ -1,0 +1,53 @@
+"""One class for another in a module that stays the same object."""
+
+import sys
+
+from peft.tuners import lora
+from torch import nn
+
+from fastlora.integrations.peft.layers import FastLoraLinear
+from fastlora.targets import is_bnb
+
+
+def classes() -> dict[type, type]:
+    """PEFT's and bitsandbytes' class -> ours; subclasses of theirs are left alone."""
+    found = {lora.Linear: FastLoraLinear}
+    if "bitsandbytes.nn.modules" in sys.modules:
+        import bitsandbytes
+        from peft.tuners.lora.bnb import Linear4bit
+
+        from fastlora.integrations.peft.bnb import FastLinear4bit, FastLoraLinear4bit
+
+        found |= {Linear4bit: FastLoraLinear4bit, bitsandbytes.nn.Linear4bit: FastLinear4bit}
+    return found
+
+
+def check_bases(model: nn.Module) -> None:
+    """Check that the 4-bit layers of bitsandbytes in a model can be taken over.
+
+    Args:
+        model: any module.
+
+    Raises:
+        ValueError: one cannot; the message names it.
+    """
+    for path, module in model.named_modules():
+        if is_bnb(module):
+            from fastlora.integrations.peft.bnb import check_adoptable
+
+            try:
+                check_adoptable(module)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
+
+
+def swap(model: nn.Module, found: dict[type, type]) -> None:
+    """Give modules another class.
+
+    Args:
+        model: walked whole.
+        found: class -> the one that takes its place.
+    """
+    for module in model.modules():
+        if type(module) in found:
+            module.__class__ = found[type(module)]

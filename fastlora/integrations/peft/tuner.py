@@ -1,0 +1,44 @@
+"""PEFT's `LoraModel` that makes fast layers, and knows when merging would be wrong."""
+
+from typing import Any
+
+from peft import LoraConfig
+from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from fastlora.integrations.peft import swap
+from fastlora.integrations.peft.features import check_config
+
+
+class FastLoraModel(LoraModel):
+    """What the `LoraModel` of a patched model becomes; it has no state of its own."""
+
+    def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter; 4-bit layers of bitsandbytes are taken over, also those without one."""
+        swap.check_bases(model)
+        found = swap.classes()
+        # LoRA layers that are there already are somebody else's decision
+        bases = {old: new for old, new in found.items() if not issubclass(old, BaseTunerLayer)}
+        swap.swap(model, bases)
+        super().inject_adapter(model, *args, **kwargs)
+
+    @staticmethod
+    def _create_new_module(
+        lora_config: LoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any
+    ) -> nn.Module:
+        nested = isinstance(target, BaseTunerLayer)
+        check_config(lora_config, target.get_base_layer() if nested else target)
+        new = LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
+        swap.swap(new, swap.classes())
+        return new
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        # PEFT looks for the field in a dict of adapters, where it never is
+        for name, config in self.peft_config.items():
+            if getattr(config, "layer_replication", None):
+                raise ValueError(
+                    "merging needs layers with weights of their own, got layer_replication in "
+                    f"adapter {name!r}, whose layers share them"
+                )

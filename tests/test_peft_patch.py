@@ -1,0 +1,386 @@
+"""`patch_peft`: the same numbers on our ops, and the reason wherever PEFT's own forward runs."""
+
+import copy
+import io
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import DEVICE, assert_as_accurate
+from model_helpers import gpt2, plain, tokens
+from peft_helpers import (
+    BASES,
+    EVERY,
+    MARKS,
+    adapted,
+    assert_same,
+    bnb,
+    config,
+    dense,
+    output,
+    patched,
+    peft,
+    step,
+    twins,
+    without_repacking,
+)
+from torch import nn
+
+import fastlora
+from fastlora import ops, reference
+
+pytestmark = MARKS
+
+SETTINGS = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "patterns": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"down_proj": 3}},
+    "bias": {"lora_bias": True},
+    "trained biases": {"bias": "all"},
+}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Every call of our op: its arguments and its outputs."""
+    seen, run = [], ops.linear_group
+
+    def spy(*args):
+        seen.append((args, run(*args)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(ops, "linear_group", spy)
+    return seen
+
+
+@EVERY
+@pytest.mark.parametrize("name", SETTINGS)
+def test_loss_and_gradients_are_those_of_peft(base, name, calls):
+    plain, fast = twins(base, **SETTINGS[name])
+    expected = step(plain)
+    calls.clear()
+    assert_same(step(fast), expected)
+    assert len(calls) == 14
+    assert [*fast.state_dict()] == [*plain.state_dict()]
+    for a, b in zip(fast.state_dict().values(), plain.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+@EVERY
+def test_several_adapters_are_one_op(base, calls):
+    plain, fast = twins(base)
+    for model in (plain, fast):
+        torch.manual_seed(1)
+        model.add_adapter("second", config(r=3, lora_alpha=7, lora_bias=True))
+        model.base_model.set_adapter(["default", "second"])
+    expected = step(plain)
+    calls.clear()
+    assert_same(step(fast), expected)
+    assert len(calls) == 14
+    assert not fastlora.patch_peft(fast).fallbacks
+
+
+def test_conv1d_and_plain_modules():
+    models = gpt2(), plain()
+    settings = {"target_modules": "all-linear", "fan_in_fan_out": True}, {"target_modules": ["up"]}
+    for model, given in zip(models, settings, strict=True):
+        expected = peft.get_peft_model(model, config(**given))
+        fast = patched(copy.deepcopy(expected))
+        y, want = (m(tokens()) for m in (fast, expected))
+        y, want = (t if isinstance(t, torch.Tensor) else t.logits for t in (y, want))
+        assert_same(y, want)
+
+
+def test_bytes_of_bitsandbytes_are_shared(calls):
+    model = adapted("bnb")
+    layers = [m.base_layer for m in model.modules() if hasattr(m, "base_layer")]
+    before = [layer.weight for layer in layers]
+    output(patched(model))
+    assert all(layer.weight is weight for layer, weight in zip(layers, before, strict=True))
+    shared = {args[1][0].weight.qweight.data_ptr() for args, _ in calls}
+    assert shared == {weight.data_ptr() for weight in before}
+
+
+@pytest.mark.parametrize("adapters", [1, 2])
+@EVERY
+def test_dropout_is_the_formula_with_our_mask(base, adapters, calls, monkeypatch):
+    states, draw = [], torch.randint
+    monkeypatch.setattr(
+        torch, "randint", lambda *a, **k: states.append(draw(*a, **k)) or states[-1]
+    )
+    model = patched(adapted(base, lora_dropout=0.3))
+    if adapters == 2:
+        model.add_adapter("second", config(r=3, lora_alpha=1, lora_dropout=0.3))
+        model.base_model.set_adapter(["default", "second"])
+    ids = tokens()
+    states.clear()
+    model(input_ids=ids)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    (x, (member,), p), (y,) = calls[0]
+    weight = member.weight
+    weight = fastlora.dequantize_nf4(weight) if member.quantised else weight
+    x, a, b, w = (t.detach().double() for t in (x, member.a, member.b, weight))
+    rows = x.reshape(-1, x.shape[-1])
+    mask = reference.dropout(torch.ones_like(rows), states[0], p)
+    base_y = rows @ w.T + member.bias.detach().double()
+    exact = base_y + member.scale * (rows * mask) @ a.T @ b.T
+    assert 0 < (mask == 0).double().mean() < 0.5
+    assert_as_accurate(y.view(exact.shape), exact.float(), exact)
+    assert p == 0.3
+    assert layer.lora_dropout["default"].p == 0.3
+
+
+@EVERY
+def test_an_eval_forward_changes_nothing(base):
+    model = patched(adapted(base, lora_dropout=0.3))
+    torch.manual_seed(3)
+    expected = step(model)
+    model.eval()
+    assert torch.equal(output(model), output(model))
+    model.train()
+    torch.manual_seed(3)
+    got = step(model)
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+
+
+@EVERY
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+def test_gradient_checkpointing(base, reentrant):
+    model = patched(adapted(base, lora_dropout=0.2))
+    torch.manual_seed(3)
+    expected = step(model)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    torch.manual_seed(3)
+    assert_same(step(model), expected)
+
+
+@pytest.mark.parametrize(
+    ("base", "backend"), [("dense", "eager"), *((base, "aot_eager") for base in BASES)]
+)
+def test_one_graph_under_compile(base, backend):
+    model = BASES[base](num_hidden_layers=1)
+    model = patched(peft.get_peft_model(model, config(lora_bias=True)))
+    expected = step(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    model.zero_grad()
+    loss = compiled(input_ids=tokens(), labels=tokens()).loss
+    loss.backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert_same({"loss": loss.detach(), **grads}, expected)
+
+
+@EVERY
+def test_adapters_in_fp32_under_autocast(base):
+    plain, fast = twins(base)
+    seen = []
+    for model in (plain, fast):
+        layer = model.base_model.model.model.layers[0].mlp.up_proj
+        x = torch.randn(5, 64, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(1))
+        with torch.autocast(DEVICE, torch.bfloat16):
+            seen.append(layer(x.requires_grad_()))
+        seen[-1].float().sum().backward()
+        assert layer.lora_A["default"].weight.grad.dtype == torch.float32
+    theirs, own = seen
+    assert own.dtype == theirs.dtype
+    assert (own - theirs).abs().max() <= 0.02 * theirs.abs().max()
+
+
+def test_bitsandbytes_computes_in_the_dtype_it_was_told():
+    plain, fast = twins("bnb")
+    for model in (plain, fast):
+        for layer in model.modules():
+            if hasattr(layer, "compute_dtype"):
+                layer.compute_dtype = torch.bfloat16
+    expected, got = output(plain), output(fast)
+    assert got.dtype == expected.dtype == torch.float32
+    assert (got - expected).abs().max() <= 0.02 * expected.abs().max()
+
+
+def dora(model):
+    model.add_adapter("dora", config(use_dora=True))
+    model.set_adapter("dora")
+
+
+def several_dropouts(model):
+    model.add_adapter("second", config(lora_dropout=0.5))
+    model.base_model.set_adapter(["default", "second"])
+
+
+def other_dropout(model):
+    first(model).lora_dropout["default"] = nn.AlphaDropout(0.0)
+
+
+def other_adapter(model):
+    class Custom(nn.Linear):
+        pass
+
+    first(model).lora_A["default"].__class__ = Custom
+
+
+def sharded(model):
+    first(model).lora_B["default"].weight.ds_id = 3  # as DeepSpeed marks it
+
+
+def double_adapter(model):
+    for part in (first(model).lora_A, first(model).lora_B):
+        part["default"].double()
+
+
+def double(model):
+    first(model).double()
+
+
+def first(model):
+    return model.base_model.model.model.layers[0].self_attn.q_proj
+
+
+def hook(*_):
+    """Does nothing, but others may."""
+
+
+# what is done to a model -> the reason in the report
+REASONS = {
+    "adapters are disabled": lambda m: m.base_model.disable_adapter_layers(),
+    "merged": lambda m: m.merge_adapter(),
+    "no active adapter": lambda m: m.base_model.set_adapter([]),
+    "no plain LoRA: DoraLinearVariant": dora,
+    "active adapters have different dropout": several_dropouts,
+    "hooks on lora_A": lambda m: first(m).lora_A["default"].register_forward_hook(hook),
+    "hooks on lora_B": lambda m: first(m).lora_B["default"].register_forward_pre_hook(hook),
+    "hooks on lora_dropout": lambda m: first(m).lora_dropout["default"].register_forward_hook(hook),
+    "hooks on the base layer": lambda m: first(m).base_layer.register_full_backward_hook(hook),
+    "its forward was replaced": lambda m: setattr(first(m), "forward", first(m).forward),
+    "dropout is AlphaDropout": other_dropout,
+    "an adapter of Custom": other_adapter,
+    "the base weight is torch.float64": double,
+    "an adapter of torch.float64": double_adapter,
+    "sharded parameters": sharded,
+    "tensor parallel": lambda m: setattr(first(m).base_layer, "_hf_tp_plan", "colwise"),
+}
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_peft_runs_visibly_what_we_do_not(reason):
+    model = patched(adapted("dense"))
+    REASONS[reason](model)
+    rows = {row.layer: row for row in fastlora.patch_peft(model).rows}
+    row = rows["base_model.model.model.layers.0.self_attn.q_proj"]
+    assert row.path == "peft"
+    assert reason in row.reason
+    assert reason in str(fastlora.patch_peft(model))
+    x = torch.randn(3, 64, dtype=first(model).base_layer.weight.dtype)
+    torch.manual_seed(1)
+    same = first(model)(x)
+    fastlora.unpatch_peft(model)
+    torch.manual_seed(1)
+    assert torch.equal(first(model)(x), same)
+
+
+def test_hooks_on_all_modules_are_called():
+    model = patched(adapted("dense"))
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(m))
+    output(model)
+    assert "hooks on all modules" in fastlora.patch_peft(model).fallbacks.popitem()[1]
+    handle.remove()
+    assert first(model).lora_A["default"] in seen
+    assert not fastlora.patch_peft(model).fallbacks
+
+
+def test_other_layers_are_left_alone():
+    model = peft.get_peft_model(dense(), config(target_modules=["embed_tokens", "q_proj"]))
+    report = fastlora.patch_peft(model)
+    assert report.fast == 2
+    assert [*report.fallbacks.values()] == ["Embedding is left alone"]
+
+    class Custom(peft.tuners.lora.Linear):
+        pass
+
+    first(model).__class__ = Custom
+    assert "Custom is left alone" in fastlora.patch_peft(model).fallbacks.values()
+
+
+def test_sharded_tensors_are_seen():
+    from torch.distributed import device_mesh, tensor
+
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        mesh = device_mesh.init_device_mesh("cpu", (1,))
+        model = patched(adapted("dense"))
+        part = first(model).lora_A["default"]
+        part.weight = nn.Parameter(tensor.distribute_tensor(part.weight.detach(), mesh))
+        assert [*fastlora.patch_peft(model).fallbacks.values()] == ["sharded parameters"]
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_repacked_bytes_are_refused():
+    model = adapted("bnb")
+    layer = first(model).base_layer
+    # as an eval forward of bitsandbytes leaves it on a CPU with AVX-512 BF16
+    layer.weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(ValueError, match=r"layers.0.self_attn.q_proj.base_layer: .* eval forward"):
+        fastlora.patch_peft(model)
+    assert type(first(model)) is peft.tuners.lora.bnb.Linear4bit
+    layer.weight.quant_state.packing_format_for_cpu = False
+    layer.weight.quant_state.code[3] += 1
+    with pytest.raises(ValueError, match="standard code table"):
+        fastlora.patch_peft(model)
+
+
+def test_fp4_runs_in_peft():
+    plain = peft.get_peft_model(bnb("fp4"), config())
+    fast = copy.deepcopy(plain)
+    report = fastlora.patch_peft(fast)
+    assert {*report.fallbacks.values()} == {"fp4 weights of bitsandbytes"}
+    assert_same(step(fast), step(without_repacking(plain)))
+
+
+@EVERY
+def test_unpatch_gives_every_class_back(base):
+    model = adapted(base)
+    before = [type(m) for m in model.modules()]
+    patched(model)
+    assert [type(m) for m in model.modules()] != before
+    assert all("Linear" in type(m).__name__ for m in model.modules() if hasattr(m, "base_layer"))
+    patched(model)
+    fastlora.unpatch_peft(model)
+    fastlora.unpatch_peft(model)
+    assert [type(m) for m in model.modules()] == before
+
+
+@EVERY
+def test_copies_and_pickles(base):
+    model = patched(adapted(base))
+    expected = step(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for twin in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        assert_same(step(twin), expected)
+        assert not fastlora.patch_peft(twin).fallbacks
+
+
+def test_a_model_without_adapters_is_refused():
+    with pytest.raises(ValueError, match="must have LoRA layers of PEFT, got none in Linear"):
+        fastlora.patch_peft(nn.Linear(2, 2))
+
+
+def test_fastlora_does_not_import_peft():
+    code = (
+        "import sys, fastlora\n"
+        "assert 'patch_peft' in dir(fastlora)\n"
+        "print({'peft', 'transformers', 'bitsandbytes'} & {*sys.modules})\n"
+        "fastlora.patch_peft\n"
+        "print('peft' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["set()", "True"]
+    with pytest.raises(AttributeError, match="no attribute 'patch_pefft'"):
+        fastlora.patch_pefft  # noqa: B018
