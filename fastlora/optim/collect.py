@@ -68,7 +68,8 @@ class Collector:
 
     def __init__(self, groups: Sequence[Mapping[str, Any]]) -> None:
         self.groups = groups
-        self.group_of = {p: i for i, group in enumerate(groups) for p in group["params"]}
+        # by identity: tensors take long to hash
+        self.group_of = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
 
     def step(self, run: Run) -> Step:
         """The step of a run.
@@ -82,34 +83,38 @@ class Collector:
         Raises:
             ValueError: a gradient is sparse, or does not fit its parameter.
         """
-        params, grads, rows = [], [], []
-        hypers: dict[tuple[int, int], int] = {}  # group and count -> row
-        for name, p, count in zip(run.names, run.params, run.steps, strict=True):
-            grad = p.grad
+        params, grads = run.params, [p.grad for p in run.params]
+        for name, p, grad in zip(run.names, params, grads, strict=True):
             _check(name, p, grad, run)
-            params.append(p if p.is_contiguous() else p.contiguous())
-            grads.append(grad if grad is None or grad.is_contiguous() else grad.contiguous())
-            key = self.group_of[p], count + 1
-            rows.append(hypers.setdefault(key, len(hypers)))
-        table = torch.tensor([self._hypers(*key) for key in hypers], dtype=torch.float32)
-        return Step(run.flat, params, grads, rows, table)
+        if not all(p.is_contiguous() for p in params):
+            params = [p.contiguous() for p in params]
+        if not all(grad is None or grad.is_contiguous() for grad in grads):
+            grads = [grad if grad is None else grad.contiguous() for grad in grads]
+        kinds = [
+            (self.group_of[id(p)], count) for p, count in zip(run.params, run.steps, strict=True)
+        ]
+        rows = {kind: row for row, kind in enumerate(dict.fromkeys(kinds))}
+        hypers = torch.tensor([self._hypers(*kind) for kind in rows], dtype=torch.float32)
+        return Step(run.flat, params, grads, [rows[kind] for kind in kinds], hypers)
 
     def _hypers(self, group: int, count: int) -> tuple[float, ...]:
         g = self.groups[group]
         lr, weight_decay = float(g["lr"]), float(g["weight_decay"])
-        return adamw_hypers(lr, g["betas"], g["eps"], weight_decay, g["maximize"], count)
+        return adamw_hypers(lr, g["betas"], g["eps"], weight_decay, g["maximize"], count + 1)
 
 
 def _check(name: str, p: nn.Parameter, grad: Tensor | None, run: Run) -> None:
-    if p.dtype != run.dtype or p.device != run.device:
-        kept, now = f"{run.dtype} on {run.device}", f"{p.dtype} on {p.device}"
+    """Raise where something does not fit. The numbers of devices are compared, which is fast."""
+    dtype, index = run.dtype, run.index
+    if p.dtype is not dtype or p.get_device() != index:
+        kept, now = f"{dtype} on {run.device}", f"{p.dtype} on {p.device}"
         raise ValueError(f"{name} must stay {kept}, where its moments are, got {now}")
     if grad is None:
         return
-    if grad.layout != torch.strided:
+    if grad.layout is not torch.strided:
         raise ValueError(f"gradients must be dense, got that of {name} in {grad.layout}")
-    if grad.dtype != p.dtype or grad.device != p.device:
-        got, wanted = f"{grad.dtype} on {grad.device}", f"{p.dtype} on {p.device}"
+    if grad.dtype is not dtype or grad.get_device() != index:
+        got, wanted = f"{grad.dtype} on {grad.device}", f"{dtype} on {run.device}"
         raise ValueError(f"the gradient of {name} must be {wanted}, got {got}")
 
 

@@ -254,9 +254,10 @@ class AdamW(torch.optim.Optimizer):
 
     def _make_states(self) -> None:
         """Moments that are zero for parameters that have none yet."""
-        have = {p for s in self._states for run in s.runs for p in run.params}
-        named = dict(self.named_params())
-        new = {name: p for name, p in named.items() if p not in have}
+        have = {id(p) for s in self._states for run in s.runs for p in run.params}
+        if all(id(p) in have for group in self.param_groups for p in group["params"]):
+            return
+        new = {name: p for name, p in self.named_params() if id(p) not in have}
         for device, runs in runs_of(new).items():
             store = make_store([r.flat.numel for r in runs], self.state_bits, device, self._paging)
             self._states.append(DeviceState(device, runs, store))

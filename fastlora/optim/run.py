@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -30,6 +31,11 @@ class Run:
     dtype: torch.dtype
     steps: list[int]
     flat: Flat
+
+    @cached_property
+    def index(self) -> int:
+        """Number of the device, -1 on a CPU."""
+        return self.params[0].get_device()
 
 
 @dataclass(eq=False)
