@@ -3,7 +3,7 @@
 from importlib.metadata import version
 from typing import Any
 
-from fastlora import nn, ops
+from fastlora import nn, ops, optim
 from fastlora.adapters import load_adapter, save_adapter
 from fastlora.config import LoraConfig
 from fastlora.model import (
@@ -33,6 +33,7 @@ __all__ = [
     "merge_lora",
     "nn",
     "ops",
+    "optim",
     "prepare_for_training",
     "print_trainable_parameters",
     "quantize_model",

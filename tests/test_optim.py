@@ -333,3 +333,18 @@ def test_a_budget_below_two_of_the_smallest_pages():
     ):
         optimizer.step()
     assert equal(params, make_params(shapes=[(100_000,)]))
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+def test_sharded_parameters_are_refused(tmp_path):
+    from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
+
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = DeviceMesh("cpu", [0])
+        p = nn.Parameter(distribute_tensor(torch.zeros(4), mesh, [Shard(0)]))
+        with pytest.raises(ValueError, match="parameters must be whole, got a DTensor"):
+            optim.AdamW([p])
+    finally:
+        torch.distributed.destroy_process_group()

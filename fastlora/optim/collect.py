@@ -1,5 +1,6 @@
 """From parameter groups to what backends take: runs of parameters, and steps of them."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,6 +36,12 @@ def check_group(group: Mapping[str, Any]) -> None:
             )
         if p.dtype not in FLOATS:
             raise ValueError(f"parameters must be fp32, fp16 or bf16, got {p.dtype}")
+
+
+def _is_sharded(p: Tensor) -> bool:
+    # where there is a DTensor, its module was imported, which takes seconds
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(p, module.DTensor)
 
 
 def runs_of(named: Mapping[str, nn.Parameter]) -> dict[torch.device, list[Run]]:
