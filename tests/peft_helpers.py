@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import DEVICE
+from helpers import DEVICE, FLOOR
 from model_helpers import VOCAB, tokens
 from torch import Tensor, nn
 
@@ -20,10 +20,13 @@ IGNORED = [
     "ignore:.*get different generations due to rounding errors",
     "ignore:an adapter is merged into, or taken out of, a 4-bit weight",
     "ignore:You are trying to modify a model with PEFT for a second time",
+    "ignore:Already found a `peft_config` attribute in the model",
     "ignore:Could not find a config file in",
     "ignore:Already following adapters were merged",
     "ignore:`lora_bias=True` was passed",
     "ignore:Adapter .* was active which is now deleted",
+    # PEFT 0.21 does not expect the vector of lora_bias=True in its own files
+    "ignore:Adapter .* have invalid shape",
 ]
 MARKS = [pytest.mark.filterwarnings(text) for text in IGNORED]
 MARKS.append(pytest.mark.usefixtures("one_thread"))
@@ -119,7 +122,7 @@ def step(model: nn.Module) -> dict[str, Tensor]:
 
 
 def assert_same(got: Any, expected: Any) -> None:
-    """Loss, logits and gradients equal to 1e-6 of their largest value, or to 1e-6."""
+    """Loss, logits and gradients are equal to 1e-6, or where they are large, to the last digits."""
     if isinstance(expected, Tensor):
         got, expected = {"output": got}, {"output": expected}
     assert got.keys() == expected.keys()
@@ -127,7 +130,8 @@ def assert_same(got: Any, expected: Any) -> None:
         assert got[name].shape == value.shape
         error = (got[name] - value).abs().max().item()
         # sums in another order
-        assert error <= 1e-6 * max(1.0, 10 * value.abs().max().item()), f"{name}: {error:.2e}"
+        limit = max(1e-6, FLOOR[torch.float32] * value.abs().max().item())
+        assert error <= limit, f"{name}: {error:.2e}"
 
 
 def quiet(function: Callable[[], Any]) -> Any:

@@ -1,0 +1,261 @@
+"""`enable`: PEFT's documented ways to an adapter, each with fast layers and PEFT's own numbers."""
+
+import copy
+import json
+import threading
+
+import pytest
+import torch
+from helpers import DEVICE
+from model_helpers import tokens
+from peft_helpers import (
+    EVERY,
+    MARKS,
+    adapted,
+    assert_same,
+    bnb,
+    config,
+    dense,
+    output,
+    patched,
+    peft,
+    step,
+)
+from torch import nn
+
+import fastlora
+from fastlora.integrations.peft.layers import FastLora
+
+pytestmark = MARKS
+
+Q = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture
+def enabled():
+    fastlora.enable()
+    yield
+    fastlora.disable()
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Folders of a model and of an adapter for it, and the logits of both."""
+    model = dense()
+    model.save_pretrained(tmp_path / "model")
+    model = peft.get_peft_model(model, config(task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "model", tmp_path / "adapter", output(model.eval())
+
+
+def assert_fast(model):
+    """Every LoRA layer is fast, without `patch_peft`."""
+    layers = [m for m in model.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
+    assert len(layers) == 14
+    assert all(isinstance(m, FastLora) for m in layers)
+
+
+@EVERY
+def test_get_peft_model(base, enabled):
+    torch.manual_seed(0)
+    fast = adapted(base)
+    fastlora.disable()
+    torch.manual_seed(0)
+    plain = adapted(base)
+    assert_fast(fast)
+    assert_same(step(fast), step(plain))
+    assert not any(isinstance(m, FastLora) for m in plain.modules())
+
+
+def test_a_saved_adapter_on_a_model(saved, enabled):
+    from transformers import AutoModelForCausalLM
+
+    folder, adapter, expected = saved
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model = peft.PeftModel.from_pretrained(model.to(DEVICE), adapter)
+    assert_fast(model)
+    assert_same(output(model), expected)
+    assert not any(p.requires_grad for p in model.parameters())
+    trained = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(folder).to(DEVICE), adapter, is_trainable=True
+    )
+    assert len(step(trained)) == 29
+
+
+def test_a_saved_adapter_alone(saved, enabled):
+    folder, adapter, expected = saved
+    file = adapter / "adapter_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps(settings | {"base_model_name_or_path": str(folder)}))
+    model = peft.AutoPeftModelForCausalLM.from_pretrained(adapter).to(DEVICE)
+    assert_fast(model)
+    assert_same(output(model), expected)
+
+
+def test_more_adapters_and_switching(saved, enabled):
+    from transformers import AutoModelForCausalLM
+
+    folder, adapter, expected = saved
+    model = AutoModelForCausalLM.from_pretrained(folder).to(DEVICE)
+    model = peft.PeftModel.from_pretrained(model, adapter, adapter_name="sft")
+    model.load_adapter(adapter, "dpo")
+    model.add_adapter("new", config())
+    model.set_adapter("dpo")
+    assert_fast(model)
+    assert_same(output(model), expected)
+    with model.disable_adapter():
+        assert (output(model) - expected).abs().max() > 1e-2
+    model.delete_adapter("sft")
+    merged = model.merge_and_unload()
+    assert_same(output(merged.eval()), expected)
+    assert type(merged.get_submodule(Q)) is nn.Linear
+
+
+def test_adapters_of_transformers_own_models(saved, enabled, monkeypatch):
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import peft as integration
+
+    # transformers 5.24 asks for a PEFT that is not released
+    monkeypatch.setattr(integration, "MIN_PEFT_VERSION", "0.18.0")
+    folder, adapter, expected = saved
+    model = AutoModelForCausalLM.from_pretrained(folder).to(DEVICE)
+    model.load_adapter(adapter, adapter_name="loaded")
+    assert_fast(model)
+    assert_same(output(model), expected)
+    model.add_adapter(config(), adapter_name="added")
+    model.set_adapter("added")
+    assert (output(model) - expected).abs().max() > 1e-2
+    model.set_adapter("loaded")
+    model.disable_adapters()
+    model.enable_adapters()
+    assert_same(output(model), expected)
+    report = fastlora.patch_peft(model)
+    assert (report.fast, len(report.rows)) == (14, 14)
+
+
+def test_injected_into_any_module(enabled):
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    model = peft.inject_adapter_in_model(config(target_modules=["0"]), model)
+    assert isinstance(model[0], FastLora)
+    model(torch.randn(3, 8)).sum().backward()
+    assert model[0].lora_A["default"].weight.grad is not None
+
+
+def test_modules_to_save_and_initialisations(enabled):
+    for init in (True, "gaussian", "pissa", "olora", "orthogonal"):
+        torch.manual_seed(0)
+        base = dense()
+        fast = peft.get_peft_model(
+            copy.deepcopy(base), config(init_lora_weights=init, modules_to_save=["lm_head"])
+        )
+        if init in (True, "gaussian", "pissa", "olora"):  # they leave the function as it was
+            assert (output(fast) - output(base)).abs().max() < 1e-4
+        assert any("modules_to_save" in name for name in step(fast))
+        assert_fast(fast)
+
+
+def test_lora_with_other_tuners_is_left_alone(enabled):
+    settings = peft.AdaLoraConfig(target_modules=["q_proj"], total_step=10, init_r=4, target_r=2)
+    model = peft.get_peft_model(dense(), settings)
+    assert type(model.base_model) is peft.AdaLoraModel
+    assert not any(isinstance(m, FastLora) for m in model.modules())
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+def test_4_bit_as_documented(tmp_path, enabled):
+    """Quantised, prepared for k-bit training, checkpointed, evaluated on the way."""
+    bnb()  # skips without bitsandbytes
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    dense(attention_bias=False).save_pretrained(tmp_path)
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=settings, dtype=torch.float32
+    )
+    model = peft.prepare_model_for_kbit_training(
+        model, gradient_checkpointing_kwargs={"use_reentrant": False}
+    )
+    model = peft.get_peft_model(model, config(lora_dropout=0.05)).train()
+    assert_fast(model)
+    torch.manual_seed(1)
+    expected = step(model)
+    model.eval()
+    assert model.generate(tokens(), max_new_tokens=3, do_sample=False).shape == (2, 12)
+    model.train()
+    torch.manual_seed(1)
+    assert_same(step(model), expected)
+
+
+def test_switching_on_and_off():
+    before = peft.LoraModel.inject_adapter
+    assert "inject_adapter" not in vars(peft.LoraModel)
+    fastlora.disable()
+    fastlora.enable()
+    once = peft.LoraModel.inject_adapter
+    fastlora.enable()
+    assert peft.LoraModel.inject_adapter is once is not before
+    fast = adapted("dense")
+    fastlora.disable()
+    fastlora.disable()
+    assert peft.LoraModel.inject_adapter is before
+    assert "inject_adapter" not in vars(peft.LoraModel)
+    assert_fast(fast)
+    assert not any(isinstance(m, FastLora) for m in adapted("dense").modules())
+    fast.add_adapter("more", config(target_modules=["lm_head"]))
+    assert isinstance(fast.base_model.model.lm_head, FastLora)
+
+
+def test_what_exists_is_left_alone():
+    model = adapted("dense", target_modules=["q_proj"])
+    fastlora.enable()
+    try:
+        model.add_adapter("more", config(target_modules=["q_proj", "v_proj"]))
+    finally:
+        fastlora.disable()
+    attention = model.base_model.model.model.layers[0].self_attn
+    assert type(attention.q_proj) is peft.tuners.lora.Linear
+    assert isinstance(attention.v_proj, FastLora)
+
+
+def test_another_patch_of_peft_is_kept(monkeypatch):
+    seen, before = [], peft.LoraModel.inject_adapter
+
+    def other(self, *args, **kwargs):
+        seen.append(self)
+        return before(self, *args, **kwargs)
+
+    monkeypatch.setattr(peft.LoraModel, "inject_adapter", other, raising=False)
+    fastlora.enable()
+    assert_fast(adapted("dense"))
+    assert len(seen) == 1
+    fastlora.disable()
+    assert peft.LoraModel.inject_adapter is other
+
+
+def test_many_threads_switch(enabled):
+    def work():
+        for _ in range(50):
+            fastlora.enable()
+            fastlora.disable()
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    fastlora.disable()
+    assert "inject_adapter" not in vars(peft.LoraModel)
+
+
+def test_unpatching_what_was_made_fast(enabled):
+    model = adapted("bnb")
+    report = fastlora.patch_peft(model)
+    fastlora.unpatch_peft(model)
+    assert report.fast == 14
+    assert not any("fastlora" in type(m).__module__ for m in model.modules())
+    assert patched(model) is model
