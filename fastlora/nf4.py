@@ -253,6 +253,9 @@ _BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 def quantize_nf4(w: Tensor, blocksize: int = 64, double_quant: bool = True) -> NF4Weight:
     """Quantise a weight to NF4: 4.5 bits per weight, 4.127 with double quantisation (blocks of 64).
 
+    The bytes are those of bitsandbytes' CPU kernels on every device. Its CUDA kernels store a block
+    of zeros as codes of -1 with a scale of 0, which double quantisation rounds to another scale.
+
     Args:
         w: [N, K], fp32, fp16 or bf16.
         blocksize: elements per block scale, a power of two from 32 to 4096.
