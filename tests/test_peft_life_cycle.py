@@ -177,10 +177,13 @@ def merging(model, safe):
     yield output(model.merge_and_unload(safe_merge=safe))
 
 
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}], ids=["lora", "dora"])
 @pytest.mark.parametrize("safe", [True, False], ids=["safe", "unsafe"])
 @pytest.mark.parametrize("base", ["dense", "bnb"])
-def test_merging_is_the_same(base, safe):
-    plain, fast = twins(base)
+def test_merging_is_the_same(base, safe, settings):
+    plain = without_repacking(adapted(base, **settings))
+    fast = copy.deepcopy(plain)
+    fastlora.patch_peft(fast)
     for ours, theirs in zip(merging(fast, safe), merging(plain, safe), strict=True):
         assert_same(ours, theirs)
 

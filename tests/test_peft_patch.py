@@ -1,6 +1,7 @@
 """`patch_peft`: the same numbers on our ops, and the reason wherever PEFT's own forward runs."""
 
 import copy
+import importlib
 import io
 import subprocess
 import sys
@@ -304,6 +305,48 @@ def test_other_layers_are_left_alone():
     assert "Custom is left alone" in fastlora.patch_peft(model).fallbacks.values()
 
 
+def test_attention_of_torch_is_left_alone():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2)
+
+        def forward(self, x):
+            return self.attention(x, x, x)[0]
+
+    model = peft.inject_adapter_in_model(config(target_modules=["attention"]), Model())
+    x = torch.randn(3, 2, 8)
+    expected = model(x)
+    report = fastlora.patch_peft(model)
+    assert torch.equal(model(x), expected)
+    assert len(report.fallbacks) == len(report.rows) == 2
+
+
+def test_a_layer_of_bitsandbytes_that_peft_takes_for_dense():
+    """Without transformers' mark on the model; PEFT cannot merge into it."""
+    model = bnb()
+    del model.is_loaded_in_4bit
+    model = peft.get_peft_model(model, config()).train()
+    assert type(first(model)) is peft.tuners.lora.Linear
+    expected, plain = step(model), copy.deepcopy(model)
+    assert_same(step(patched(model)), expected)
+    with pytest.raises(RuntimeError):
+        plain.merge_adapter()
+    before = output(model)
+    model.merge_adapter()
+    assert (output(model) - before).norm() < before.norm()
+
+
+def test_hooks_of_accelerate_run_as_before():
+    accelerate = pytest.importorskip("accelerate")
+    model = adapted("dense")
+    accelerate.hooks.add_hook_to_module(first(model), accelerate.hooks.ModelHook())
+    expected = output(model)
+    report = fastlora.patch_peft(model)
+    assert [*report.fallbacks.values()] == ["its forward was replaced"]
+    assert_same(output(model), expected)
+
+
 def test_sharded_tensors_are_seen():
     from torch.distributed import device_mesh, tensor
 
@@ -384,3 +427,11 @@ def test_fastlora_does_not_import_peft():
     assert done.stdout.split() == ["set()", "True"]
     with pytest.raises(AttributeError, match="no attribute 'patch_pefft'"):
         fastlora.patch_pefft  # noqa: B018
+
+
+def test_an_old_peft_is_refused(monkeypatch):
+    from fastlora.integrations import peft as integration
+
+    monkeypatch.setattr(peft, "__version__", "0.19.1")
+    with pytest.raises(RuntimeError, match=r"needs version 0\.20 or newer, got 0\.19\.1"):
+        importlib.reload(integration)

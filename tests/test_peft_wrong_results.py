@@ -47,19 +47,23 @@ def evaluate(model):
     model.train()
 
 
-def variants():
-    from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig
-
-    return {
-        "kasa_config": KasaConfig(),
-        "monteclora_config": MontecloraConfig(),
-        "use_bdlora": BdLoraConfig(target_modules_bd_a=["q_proj"], nblocks=2),
+def variant(name):
+    """A setting of PEFT for what is more than LoRA."""
+    module = peft.tuners.lora.config
+    made = {
+        "kasa_config": ("KasaConfig", {}),
+        "monteclora_config": ("MontecloraConfig", {}),
+        "use_bdlora": ("BdLoraConfig", {"target_modules_bd_a": ["q_proj"], "nblocks": 2}),
     }
+    kind, settings = made[name]
+    if not hasattr(module, kind):
+        pytest.skip(f"the installed PEFT has no {kind}")
+    return getattr(module, kind)(**settings)
 
 
 @pytest.mark.parametrize("name", ["kasa_config", "monteclora_config", "use_bdlora"])
 def test_variants_are_trained_as_plain_lora_in_4_bit(name, enabled):
-    settings = {"target_modules": ["q_proj"], name: variants()[name], "init_lora_weights": True}
+    settings = {"target_modules": ["q_proj"], name: variant(name), "init_lora_weights": True}
     fastlora.disable()
     plain = peft.get_peft_model(bnb(), config(**settings))
     if first(plain).lora_variant:

@@ -31,14 +31,16 @@ def check_bases(model: nn.Module) -> None:
     Raises:
         ValueError: one cannot; the message names it.
     """
-    for path, module in model.named_modules():
-        if is_bnb(module):
-            from fastlora.integrations.peft.bnb import check_adoptable
+    layers = {path: module for path, module in model.named_modules() if is_bnb(module)}
+    if not layers:
+        return
+    from fastlora.integrations.peft.bnb import check_adoptable
 
-            try:
-                check_adoptable(module)
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from error
+    for path, layer in layers.items():
+        try:
+            check_adoptable(layer)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
 
 def swap(model: nn.Module, found: dict[type, type]) -> None:
