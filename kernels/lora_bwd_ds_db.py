@@ -48,7 +48,12 @@ def configs(arch: str, R: int, itemsize: int = 2) -> tuple[triton.Config, ...]:
     # no tensor cores, twice the shared memory; or parts without vectors, which spill
     if itemsize == 4 or R % 4:
         return (APART,)
-    if arch in ("sm_90", "sm_100"):
+    if arch == "sm_90":  # an H200 at ranks 16 and 64, and by interpolation at 32
+        wide, narrow = config("nr", 64, 512, 8, 3, 1), config("nr", 64, 256, 8, 4, 1)
+        if R <= 16:
+            return wide, narrow, APART
+        return (narrow, APART) if R <= 32 else (APART, narrow)
+    if arch == "sm_100":
         # of the larger tile there is one program a multiprocessor, and nothing to hide its waits
         found = [config("nr", 64, 512, 8, 2), config("nr", 64, 512, 8, 2, 1)]
         found += [config("nr", 64, 512, 8, 3, 1)] if R <= 16 else []

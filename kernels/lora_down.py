@@ -48,6 +48,9 @@ def configs(
         return config(64, 64, 4, stages), config(128, 64, 8, stages)
     if R <= 64 and arch == "sm_100":
         return config(64, 128, 4, stages), config(128, 64, 8, 3)
+    if R <= 64 and dropout and arch == "sm_90":  # an H200 at ranks 16 and 64
+        small, large = config(32, 128, 4, stages), config(128, 64, 8, stages)
+        return (small, large) if R <= 16 else (large, small)
     if R <= 64 and dropout:
         # often one program a multiprocessor, which the mask keeps busy
         found = [config(64, 128, 4, stages), config(128, 64, 8, stages)]
