@@ -1,5 +1,6 @@
 """fastlora: kernel-level LoRA and QLoRA with drop-in linear layers."""
 
+from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
@@ -43,17 +44,18 @@ __all__ = [
     "unload_lora",
 ]
 
-# exported by name only, because PEFT is optional and slow to import
-_PEFT = ("PatchReport", "disable", "enable", "patch_peft", "unpatch_peft")
+# exported by name only, because these libraries are optional and slow to import
+_LAZY = {
+    **dict.fromkeys(("PatchReport", "disable", "enable", "patch_peft", "unpatch_peft"), "peft"),
+    "FastLoraConfig": "transformers",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PEFT:
+    if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from fastlora.integrations import peft
-
-    return getattr(peft, name)
+    return getattr(import_module(f"fastlora.integrations.{_LAZY[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_PEFT})
+    return sorted({*globals(), *_LAZY})

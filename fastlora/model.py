@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from fastlora import causal_lm, siblings, targets
+from fastlora import causal_lm, siblings, slots, targets
 from fastlora.config import LoraConfig
 from fastlora.nf4 import quantize_nf4
 from fastlora.nn import (
@@ -17,7 +17,6 @@ from fastlora.nn import (
     disabled,
     group_layers,
     is_conv1d,
-    keep_group,
     ungroup,
 )
 
@@ -73,16 +72,42 @@ def quantize_model(
     chosen, skipped = targets.quantizable(root, skip_modules)
     if not chosen:
         _check_quantised(root, blocksize, double_quant, skipped)
-    slots = _slots(root)
+    places = slots.find(root)
     for path in list(chosen):
         layer = chosen.pop(path)  # so that its weight is freed once it is replaced
         try:
-            new = _quantize(layer, blocksize, double_quant)
+            new = quantize_layer(layer, blocksize, double_quant)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        _replace(slots, layer, new)
+        slots.replace(places, layer, new)
     state_of(root).dense = skipped
     return model
+
+
+def quantize_layer(layer: nn.Module, blocksize: int, double_quant: bool) -> Linear4bit:
+    """What `quantize_model` puts in the place of one layer.
+
+    Args:
+        layer: a linear layer, transformers' `Conv1D`, or bitsandbytes' 4-bit layer.
+        blocksize: elements per block scale, a power of two from 32 to 4096.
+        double_quant: whether the block scales are quantised as well.
+
+    Returns:
+        The 4-bit layer, in the same train/eval mode; the bias is shared.
+
+    Raises:
+        ValueError: a weight holds NaN or Inf, or cannot be adopted.
+    """
+    if targets.is_bnb(layer):
+        return Linear4bit.from_bnb(layer)
+    if not is_conv1d(layer):
+        return Linear4bit.from_linear(layer, blocksize, double_quant)
+    linear = nn.Linear(layer.nx, layer.nf, bias=False, device="meta")
+    linear.weight = nn.Parameter(layer.weight.detach().T, requires_grad=False)
+    linear.bias = layer.bias
+    new = Linear4bit.from_linear(linear, blocksize, double_quant).train(layer.training)
+    new.transposed = True  # so that a merge gives a Conv1D back
+    return new
 
 
 def add_lora(model: nn.Module, cfg: LoraConfig, adapter_name: str = "default") -> nn.Module:
@@ -126,7 +151,7 @@ def install(root: nn.Module, cfg: LoraConfig, plan: targets.Plan, name: str) -> 
             f"adapter_name must be new, without dots, and no attribute of a module, got {name!r} "
             f"beside {[*state.configs]}"
         )
-    slots = _slots(root)
+    places = slots.find(root)
     layers = {path: root.get_submodule(path) for path in plan.layers}
     bases = {p: Linear4bit.from_bnb(m) if targets.is_bnb(m) else m for p, m in layers.items()}
     if not state.configs:
@@ -139,13 +164,13 @@ def install(root: nn.Module, cfg: LoraConfig, plan: targets.Plan, name: str) -> 
             layer.add_adapter(name, *settings, init)
         else:
             new = LoraLinear(bases[path], *settings, init_lora_weights=init, adapter_name=name)
-            _replace(slots, layer, new)
+            slots.replace(places, layer, new)
     for path in plan.saved:
         module = root.get_submodule(path)
         if isinstance(module, SavedModule):
             module.add_adapter(name)
         else:
-            _replace(slots, module, SavedModule(module, name))
+            slots.replace(places, module, SavedModule(module, name))
     state.configs[name] = _complete(root, cfg, plan)
     state.unadapted |= plan.skipped
     set_adapter(root, state.active or name)
@@ -174,7 +199,7 @@ def set_adapter(model: nn.Module, adapter_name: str) -> None:
 
 
 def disable_adapters(model: nn.Module) -> AbstractContextManager[None]:
-    """Run the base model inside a `with` block; for this thread only, may be nested.
+    """Run the base model inside a `with` block, in all threads; blocks may be nested.
 
     Args:
         model: with adapters.
@@ -199,12 +224,12 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     """
     root = unwrap(model)
     _known(root, adapter_name)
-    state, slots = state_of(root), _slots(root)
+    state, places = state_of(root), slots.find(root)
     for _, layer in list(adapted(root)):
         if adapter_name in adapters_of(layer):
             layer.delete_adapter(adapter_name)
             if not adapters_of(layer):
-                _replace(slots, layer, original_of(layer))
+                slots.replace(places, layer, original_of(layer))
     del state.configs[adapter_name]
     if not state.configs:
         _forget_adapters(root)
@@ -239,19 +264,19 @@ def merge_lora(
     name = adapter_name or state_of(root).active
     _known(root, name)
     untied = _unties_output(root, name)
-    slots = _slots(root)
+    places = slots.find(root)
     for path, layer in list(adapted(root)):
         if name not in adapters_of(layer):
-            _replace(slots, layer, original_of(layer))
+            slots.replace(places, layer, original_of(layer))
         elif isinstance(layer, SavedModule):
-            _replace(slots, layer, layer.modules_to_save[name])
+            slots.replace(places, layer, layer.modules_to_save[name])
         else:
-            _replace(slots, layer, _merged(path, layer, name, quantize))
+            slots.replace(places, layer, _merged(path, layer, name, quantize))
     if not quantize:
-        slots = _slots(root)
+        places = slots.find(root)
         for module in list(root.modules()):
             if isinstance(module, Linear4bit):
-                _replace(slots, module, _dense(module, module.dequantize()))
+                slots.replace(places, module, _dense(module, module.dequantize()))
         state_of(root).dense = {}
     if untied:  # else transformers would tie them again when the model is loaded
         root.config.tie_word_embeddings = False
@@ -274,9 +299,9 @@ def unload_lora(model: nn.Module) -> nn.Module:
     """
     root = unwrap(model)
     _known(root, state_of(root).active)
-    slots = _slots(root)
+    places = slots.find(root)
     for _, layer in list(adapted(root)):
-        _replace(slots, layer, original_of(layer))
+        slots.replace(places, layer, original_of(layer))
     _forget_adapters(root)
     return model
 
@@ -408,24 +433,6 @@ def _complete(root: nn.Module, cfg: LoraConfig, plan: targets.Plan) -> LoraConfi
     )
 
 
-Slots = dict[int, list[tuple[nn.Module, str]]]
-
-
-def _slots(root: nn.Module) -> Slots:
-    """id of each module -> every (parent, name) that holds it: a shared module has several."""
-    slots: Slots = {}
-    for parent in root.modules():
-        for name, child in parent._modules.items():
-            slots.setdefault(id(child), []).append((parent, name))
-    return slots
-
-
-def _replace(slots: Slots, old: nn.Module, new: nn.Module) -> None:
-    keep_group(old, new)
-    for parent, name in slots[id(old)]:
-        setattr(parent, name, new)
-
-
 def _is_transposed(base: nn.Module) -> bool:
     return is_conv1d(base) or getattr(base, "transposed", False)
 
@@ -444,19 +451,6 @@ def _check_quantised(
                 f"a quantised model must keep its blocksize and double_quant, got {got} in {path} "
                 f"and {(blocksize, double_quant)} asked for"
             )
-
-
-def _quantize(layer: nn.Module, blocksize: int, double_quant: bool) -> Linear4bit:
-    if targets.is_bnb(layer):
-        return Linear4bit.from_bnb(layer)
-    if not is_conv1d(layer):
-        return Linear4bit.from_linear(layer, blocksize, double_quant)
-    linear = nn.Linear(layer.nx, layer.nf, bias=False, device="meta")
-    linear.weight = nn.Parameter(layer.weight.detach().T, requires_grad=False)
-    linear.bias = layer.bias
-    new = Linear4bit.from_linear(linear, blocksize, double_quant).train(layer.training)
-    new.transposed = True  # so that a merge gives a Conv1D back
-    return new
 
 
 def _merged(path: str, layer: LoraLinear, name: str, quantize: bool) -> nn.Module:

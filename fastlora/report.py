@@ -114,7 +114,8 @@ def explain_rows(model: nn.Module, tokens: int = 8192) -> Iterator[Row]:
         tokens: batch size times sequence length.
 
     Yields:
-        One row for each linear layer, in the order of the model.
+        One row for each linear layer, in the order of the model, then one for each weight that is
+        no linear layer and was left dense for that, such as the experts of a model in one tensor.
     """
     root = unwrap(model)
     state = state_of(root)
@@ -145,6 +146,10 @@ def explain_rows(model: nn.Module, tokens: int = 8192) -> Iterator[Row]:
             path=path,
             reason="; ".join(reasons),
         )
+    parameters = dict(root.named_parameters())
+    for path in (path for path in state.dense if path in parameters):
+        kind = str(parameters[path].dtype).removeprefix("torch.")
+        yield Row(path, kind, "", "", "torch", "", f"not quantised: {state.dense[path]}")
 
 
 def _siblings(layer: nn.Module) -> tuple[str, ...]:

@@ -334,7 +334,7 @@ def fp4(tensors):
         (drop_statistics, KeyError, rf"must have {PATH}.weight.absmax, got none"),
         (drop_all_statistics, KeyError, rf"must have {PATH}.{META}, got none"),
         (cut_bytes, ValueError, r"qweight must hold 4096 bytes"),
-        (another_shape, ValueError, rf"{PATH}.weight must be \[128, 64\], got \[64, 128\]"),
+        (another_shape, RuntimeError, r"ignore_mismatched_sizes"),
         (an_embedding, ValueError, r"embed_tokens.weight must be dense in Embedding, got 4 bits"),
         (fp4, ValueError, rf"{PATH}.weight must be NF4, got FP4"),
     ],
@@ -372,19 +372,13 @@ def test_merged_experts_must_not_be_4_bit(tmp_path):
         load(tmp_path, ignore_mismatched_sizes=True)
 
 
-@pytest.mark.parametrize(
-    ("kind", "error", "message"),
-    [
-        (nn.Linear, RuntimeError, r"ignore_mismatched_sizes"),
-        (Linear4bit, ValueError, r"classifier.weight must be \[5, 64\], got \[3, 64\]"),
-    ],
-)
-def test_a_head_for_other_classes_is_made_anew_only_if_asked_for(tmp_path, kind, error, message):
+@pytest.mark.parametrize("kind", [nn.Linear, Linear4bit])
+def test_a_head_for_other_classes_is_made_anew_only_if_asked_for(tmp_path, kind):
     skip = ["classifier" if kind is nn.Linear else "nothing"]
     folder = written_by_bnb(bert(), tmp_path, llm_int8_skip_modules=skip)
     auto = AutoModelForSequenceClassification
     assert type(load(folder, auto)[0].classifier) is kind
-    with pytest.raises(error, match=message):
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         load(folder, auto, num_labels=5)
     model, info = load(folder, auto, num_labels=5, ignore_mismatched_sizes=True)
     assert {key for key, *_ in info["mismatched_keys"]} == {"classifier.weight", "classifier.bias"}
@@ -396,9 +390,8 @@ def test_a_head_for_other_classes_is_made_anew_only_if_asked_for(tmp_path, kind,
 
 def test_trainer_takes_the_model_and_adapters_train(tmp_path):
     model, _ = load(written_by_bnb(llama(), tmp_path))
-    for mark_ in ("is_quantized", "hf_quantizer", "quantization_method", "is_loaded_in_4bit"):
+    for mark_ in ("is_quantized", "quantization_method", "is_loaded_in_4bit"):
         assert not hasattr(model, mark_)
-    assert not hasattr(model.config, "quantization_config")
     transformers.trainer_utils.validate_quantization_for_training(model)
     add_lora(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -447,7 +440,7 @@ UNSUPPORTED = [
 
 @pytest.mark.parametrize(("config", "found"), UNSUPPORTED)
 def test_other_formats_are_refused_by_name(tmp_path, config, found):
-    message = rf"^the weights of a model must be dense or bitsandbytes NF4, got {found}"
+    message = rf"^the weights of a model must be dense, bitsandbytes NF4 or fastlora's, got {found}"
     with pytest.raises(NotImplementedError, match=message):
         check_quantization(config)
     (tmp_path / "config.json").write_text("{}")
@@ -477,7 +470,7 @@ def test_old_transformers_is_refused(tmp_path, monkeypatch):
 
 def test_a_dense_model_is_not_quantised_while_it_loads():
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    with pytest.raises(NotImplementedError, match="call quantize_model"):
+    with pytest.raises(NotImplementedError, match="must be loaded with FastLoraConfig"):
         NF4Quantizer(config, pre_quantized=False)
 
 
