@@ -45,6 +45,7 @@ LONGEST = (
     "test_compile.py",
     "test_curves.py",
     "test_optim_curves.py",
+    "test_peft_curves.py",
     "test_cli_resume.py",
     "test_ops.py",
     "test_cpu_linear.py",

@@ -1,6 +1,7 @@
 """`enable`: PEFT's documented ways to an adapter, each with fast layers and PEFT's own numbers."""
 
 import copy
+import dataclasses
 import json
 import threading
 
@@ -259,3 +260,52 @@ def test_unpatching_what_was_made_fast(enabled):
     assert report.fast == 14
     assert not any("fastlora" in type(m).__module__ for m in model.modules())
     assert patched(model) is model
+
+
+# Trainer's default, of which torch warns where there is no GPU
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set:UserWarning")
+@pytest.mark.parametrize("base", ["dense", "bnb"])
+def test_trainer_evaluates_on_the_way(base, tmp_path, enabled):
+    from transformers import Trainer, TrainingArguments
+
+    rows = [{"input_ids": row, "labels": row} for row in tokens().tolist()] * 2
+
+    def losses(evaluate):
+        torch.manual_seed(0)
+        model = adapted(base)
+        args = TrainingArguments(
+            str(tmp_path),
+            max_steps=4,
+            per_device_train_batch_size=2,
+            eval_strategy="steps" if evaluate else "no",
+            eval_steps=1,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            learning_rate=1e-2,
+        )
+        trainer = Trainer(model, args, train_dataset=rows, eval_dataset=rows)
+        trainer.train()
+        return [record["loss"] for record in trainer.state.log_history if "loss" in record]
+
+    without = losses(evaluate=False)
+    assert losses(evaluate=True) == without
+    assert without[-1] < without[0]
+    fastlora.disable()
+    if base == "dense":
+        assert losses(evaluate=True) == pytest.approx(without, rel=1e-5)
+
+
+def test_what_peft_says_of_a_model(enabled):
+    fast = adapted("dense")
+    fastlora.disable()
+    plain = adapted("dense")
+    assert fast.get_nb_trainable_parameters() == plain.get_nb_trainable_parameters()
+    status, expected = fast.get_model_status(), plain.get_model_status()
+    assert status.adapter_model_type == "FastLoraModel"
+    assert dataclasses.replace(status, adapter_model_type="LoraModel") == expected
+    assert status.num_adapter_layers == 14
+    for ours, theirs in zip(fast.get_layer_status(), plain.get_layer_status(), strict=True):
+        assert ours.name == theirs.name
+        assert ours.active_adapters == theirs.active_adapters

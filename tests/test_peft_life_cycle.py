@@ -232,6 +232,22 @@ def test_what_merging_leaves_behind(base):
     assert not any("lora" in name for name in merged.state_dict())
 
 
+def test_merging_keeps_what_bitsandbytes_knows_of_a_weight():
+    model = patched(adapted("bnb", target_modules=["q_proj"]))
+    layer = model.base_model.model.model.layers[1].self_attn.q_proj.base_layer
+    layer.weight.quant_state.dtype = torch.bfloat16
+    old = layer.weight
+    model.merge_adapter()
+    new = layer.weight
+    assert not torch.equal(new, old)
+    assert layer.quant_state is new.quant_state
+    assert new.quant_state.dtype == torch.bfloat16
+    for name in ("quant_type", "quant_storage", "compress_statistics", "blocksize", "module"):
+        assert getattr(new, name) is getattr(old, name) or getattr(new, name) == getattr(old, name)
+    assert new.bnb_quantized
+    assert not new.requires_grad
+
+
 @pytest.mark.parametrize("base", ["bnb", "ours"])
 def test_merging_twice_and_unmerging_nothing(base):
     model = patched(adapted(base))
@@ -295,3 +311,23 @@ def test_switching_is_seen_by_the_next_forward(base, monkeypatch):
     assert 4 not in ranks()
     model.unmerge_adapter()
     assert ranks() == {4}
+
+
+def test_hot_swapping_under_compile(tmp_path):
+    """The scale is a tensor then, and another adapter is no reason to compile again."""
+    from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+
+    settings = {"target_modules": ["q_proj", "v_proj"]}
+    plain = adapted("dense", **settings)
+    with_second(plain, r=6, **settings).save_pretrained(tmp_path, selected_adapters=["second"])
+    fast = copy.deepcopy(plain)
+    plain.set_adapter("second")
+    fast.delete_adapter("second")
+    prepare_model_for_compiled_hotswap(fast, target_rank=8)
+    patched(fast)
+    torch._dynamo.reset()
+    compiled = torch.compile(fast, backend="aot_eager", fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        output(compiled)
+        hotswap_adapter(fast, tmp_path / "second", "default", torch_device="cpu")
+        assert_same(output(compiled), output(plain))
