@@ -309,6 +309,27 @@ def test_other_layers_are_left_alone():
     assert "Custom is left alone" in fastlora.patch_peft(model).fallbacks.values()
 
 
+def test_mixed_models_are_patched():
+    model = peft.get_peft_model(dense(), config(), mixed=True).train()
+    model.add_adapter("loha", peft.LoHaConfig(target_modules=["q_proj"]))
+    model.set_adapter(["default", "loha"])
+    expected = step(model)
+    assert_same(step(patched(model)), expected)
+
+
+def test_convolutions_and_experts_are_left_alone():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+            self.experts = nn.Module()
+            self.experts.up = nn.Parameter(torch.randn(2, 4, 4))
+
+    settings = config(target_modules=["conv"], target_parameters=["experts.up"])
+    report = fastlora.patch_peft(peft.inject_adapter_in_model(settings, Model()))
+    assert [*report.fallbacks.values()] == ["Conv2d is left alone", "ParamWrapper is left alone"]
+
+
 def test_attention_of_torch_is_left_alone():
     class Model(nn.Module):
         def __init__(self):

@@ -16,8 +16,8 @@ def enable() -> None:
     """Let PEFT make fast LoRA layers from now on, in every model and however they are made.
 
     That is `get_peft_model`, `PeftModel.from_pretrained`, `add_adapter` and `load_adapter`, also of
-    transformers' models, and whatever calls them. Layers that exist stay what they are, see
-    `patch_peft`. Calling it again changes nothing.
+    transformers' models, and whatever calls them. Layers that exist stay what they are, and those
+    of `PeftMixedModel` are PEFT's, see `patch_peft`. Calling it again changes nothing.
     """
     with _LOCK:
         if not _is_on():
