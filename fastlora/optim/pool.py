@@ -61,9 +61,9 @@ class PoolStats:
         """A line for people."""
         kind = "pinned" if self.pinned else "pageable"
         text = (
-            f"{self.frames} frames for {self.pages} pages of {self.page_bytes / 2**20:.1f} MiB "
-            f"({kind}); {self.scans} scans, {self.hit_rate:.0%} hits, {self.bytes_in / 1e9:.2f} GB "
-            f"in, {self.bytes_out / 1e9:.2f} GB out, host waited {self.stall_seconds * 1e3:.0f} ms"
+            f"{self.frames} frames for {self.pages} pages of {_size(self.page_bytes)} ({kind}); "
+            f"{self.scans} scans, {self.hit_rate:.0%} hits, {_size(self.bytes_in)} in, "
+            f"{_size(self.bytes_out)} out, host waited {self.stall_seconds * 1e3:.0f} ms"
         )
         if (t := self.times) is None:
             return text
@@ -71,6 +71,14 @@ class PoolStats:
             f"{text}; device: {t.copy_in * 1e3:.1f} ms in, {t.compute * 1e3:.1f} ms compute, "
             f"{t.copy_out * 1e3:.1f} ms out, {t.together * 1e3:.1f} ms together"
         )
+
+
+def _size(count: float) -> str:
+    """Bytes for reading, such as 16.8 MB."""
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while count >= 999.5 and len(units) > 1:
+        count, units = count / 1000, units[1:]
+    return f"{count:.3g} {units[0]}"
 
 
 @dataclass
