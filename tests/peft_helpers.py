@@ -21,6 +21,7 @@ IGNORED = [
     "ignore:an adapter is merged into, or taken out of, a 4-bit weight",
     "ignore:You are trying to modify a model with PEFT for a second time",
     "ignore:Already found a `peft_config` attribute in the model",
+    "ignore:lora with eva initialization used with low_cpu_mem_usage=False",
     "ignore:Could not find a config file in",
     "ignore:Already following adapters were merged",
     "ignore:`lora_bias=True` was passed",

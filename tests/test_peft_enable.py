@@ -10,6 +10,7 @@ import torch
 from helpers import DEVICE
 from model_helpers import tokens
 from peft_helpers import (
+    BASES,
     EVERY,
     MARKS,
     adapted,
@@ -309,3 +310,19 @@ def test_what_peft_says_of_a_model(enabled):
     for ours, theirs in zip(fast.get_layer_status(), plain.get_layer_status(), strict=True):
         assert ours.name == theirs.name
         assert ours.active_adapters == theirs.active_adapters
+
+
+@EVERY
+def test_initialisation_from_data(base, enabled):
+    """EVA computes ranks and A from activations, through the layers it finds."""
+    settings = config(
+        target_modules=["q_proj", "v_proj"], init_lora_weights="eva", eva_config=peft.EvaConfig()
+    )
+    model = peft.get_peft_model(BASES[base](), settings)
+    batches = [{"input_ids": tokens().roll(i, 1)} for i in range(4)]
+    peft.initialize_lora_eva_weights(model, batches, show_progress_bar=False)
+    assert fastlora.patch_peft(model).fast == 4
+    rows = [m.lora_A["default"].weight for m in model.modules() if hasattr(m, "lora_A")]
+    # directions of the largest variance
+    assert all(torch.allclose(a @ a.T, torch.eye(len(a)), atol=1e-4) for a in rows)
+    assert len(step(model.train())) == 9
