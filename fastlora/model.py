@@ -199,7 +199,7 @@ def set_adapter(model: nn.Module, adapter_name: str) -> None:
 
 
 def disable_adapters(model: nn.Module) -> AbstractContextManager[None]:
-    """Run the base model inside a `with` block, in all threads; blocks may be nested.
+    """Run the base model inside a `with` block; for this thread only, may be nested.
 
     Args:
         model: with adapters.

@@ -1,5 +1,7 @@
 """Under torch.compile: one graph, checked ops, and the gradients of eager mode."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.utils.checkpoint
@@ -127,9 +129,13 @@ def test_switching_adapters_is_seen_by_a_graph():
     layer = lora_layer()
     x = torch.randn(5, K, device=DEVICE)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x), layer(x))
+    with_adapter = layer(x)
+    torch.testing.assert_close(compiled(x), with_adapter)
     with disabled([layer]):
         torch.testing.assert_close(compiled(x), layer.base_layer(x))
+        with ThreadPoolExecutor(1) as pool:  # another thread asks for itself
+            torch.testing.assert_close(pool.submit(compiled, x).result(), with_adapter)
+    torch.testing.assert_close(compiled(x), with_adapter)
     layer.add_adapter("other", r=2, lora_alpha=4, init_lora_weights=False)
     layer.set_adapter("other")
     torch.testing.assert_close(compiled(x), layer(x))

@@ -4,6 +4,8 @@ import copy
 import io
 import math
 import pickle
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -317,6 +319,48 @@ def test_disabled_is_reentrant():
     with pytest.raises(RuntimeError, match="stop"), disabled([layer]):
         raise RuntimeError("stop")
     assert torch.equal(layer(x), on)
+
+
+def in_another_thread(call):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(call).result()
+
+
+def test_disabled_is_for_one_thread():
+    layer, saved = lora_layer(), SavedModule(nn.LayerNorm(96, device=DEVICE))
+    saved.modules_to_save.default.weight.data.mul_(2)
+    x = torch.randn(3, 96, device=DEVICE)
+    for module, off in ((layer, layer.base_layer), (saved, saved.original_module)):
+        on = module(x)
+        with disabled([module]):
+            assert torch.equal(module(x), off(x))
+            assert torch.equal(in_another_thread(lambda m=module: m(x)), on)
+            # but not where torch runs a copy in a thread of its own, nor where a copy is kept
+            replica = module._replicate_for_data_parallel()
+            replica._parameters = module._parameters
+            assert torch.equal(in_another_thread(lambda m=replica: m(x)), off(x))
+            assert torch.equal(copy.deepcopy(module)(x), on)
+        assert not torch.equal(on, off(x))
+        assert torch.equal(module(x), on)
+
+
+def test_disabled_counts_right_in_many_threads():
+    layers = [lora_layer() for _ in range(3)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+
+    def work():
+        for _ in range(200):
+            with disabled(layers), disabled(layers[:1]):
+                pass
+        return [layer.switch.depth for layer in layers]
+
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = [future.result() for future in [pool.submit(work) for _ in range(4)]]
+    finally:
+        sys.setswitchinterval(interval)
+    assert found == [[0, 0, 0]] * 4
 
 
 def test_saved_module():

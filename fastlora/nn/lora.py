@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fastlora.member import Member
 from fastlora.nn.group import GroupedLinear, Settings
 from fastlora.nn.linear4bit import Linear4bit
+from fastlora.nn.switch import Switch, replica
 
 
 class LoraLinear(GroupedLinear):
@@ -20,7 +21,7 @@ class LoraLinear(GroupedLinear):
     Source: Hu et al. 2021, arXiv:2106.09685.
 
     Attributes:
-        disabled_depth: how many `disabled` blocks the layer is in; an attribute guards graphs.
+        switch: whether the running thread has switched the adapters off.
 
     Args:
         base: `nn.Linear`, `Linear4bit`, or transformers' `Conv1D` (its weight is read transposed).
@@ -39,7 +40,7 @@ class LoraLinear(GroupedLinear):
         ValueError: an adapter setting is out of range.
     """
 
-    disabled_depth = 0
+    switch: Switch
 
     def __init__(
         self,
@@ -59,7 +60,7 @@ class LoraLinear(GroupedLinear):
             raise TypeError(
                 f"base must be nn.Linear, Linear4bit or Conv1D, got {type(base).__name__}"
             )
-        self.base_layer = base
+        self.base_layer, self.switch = base, Switch()
         self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
@@ -192,7 +193,7 @@ class LoraLinear(GroupedLinear):
     @property
     def running_adapter(self) -> str | None:
         """Name of the adapter that a forward applies; None inside `disabled` or without one."""
-        return None if self.disabled_depth else self.active_adapter
+        return None if self.switch.depth else self.active_adapter
 
     @property
     def keeper(self) -> nn.Module:
@@ -243,6 +244,9 @@ class LoraLinear(GroupedLinear):
 
     def reset_parameters(self) -> None:
         """Does nothing: the base layer is frozen, and adapters are initialised when added."""
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        return replica(self, super()._replicate_for_data_parallel())
 
     def _adapter(self, name: str) -> tuple[Tensor, Tensor]:
         """a [R, K] and b [N, R] in fp32, without gradient."""

@@ -5,23 +5,25 @@ from typing import Any
 
 from torch import nn
 
+from fastlora.nn.switch import Switch, replica
+
 
 class SavedModule(nn.Module):
     """A module with one trained copy per adapter, PEFT's `modules_to_save`.
 
     Attributes:
-        disabled_depth: how many `disabled` blocks the module is in.
+        switch: whether the running thread has switched the copies off.
 
     Args:
         original: the module, kept untouched.
         adapter_name: the first adapter.
     """
 
-    disabled_depth = 0
+    switch: Switch
 
     def __init__(self, original: nn.Module, adapter_name: str = "default") -> None:
         super().__init__()
-        self.original_module = original
+        self.original_module, self.switch = original, Switch()
         self.modules_to_save = nn.ModuleDict()
         self.active_adapter: str | None = None
         self.add_adapter(adapter_name)
@@ -40,7 +42,7 @@ class SavedModule(nn.Module):
     @property
     def running_module(self) -> nn.Module:
         """The active copy, or the original."""
-        if self.active_adapter is None or self.disabled_depth:
+        if self.active_adapter is None or self.switch.depth:
             return self.original_module
         return self.modules_to_save[self.active_adapter]
 
@@ -85,3 +87,6 @@ class SavedModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the active copy."""
         return self.running_module(*args, **kwargs)
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        return replica(self, super()._replicate_for_data_parallel())
