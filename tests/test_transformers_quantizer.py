@@ -431,3 +431,28 @@ def test_a_base_model_is_loaded_alone(tmp_path):
     assert layers_of(model).keys() == {
         n.removeprefix("model.") for n in layers_of(loaded(tmp_path))
     }
+
+
+def test_parts_of_a_larger_tensor_are_quantised_and_not_saved_as_something_else(tmp_path):
+    """A model whose files hold gate and up, and q, k and v, as one tensor each."""
+    config = pytest.importorskip("transformers.models.hrm_text").HrmTextConfig
+    sizes = {**SIZES, "intermediate_size": 128, "num_key_value_heads": 2, "head_dim": 32}
+    AutoModelForCausalLM.from_config(config(**sizes)).save_pretrained(tmp_path / "dense")
+    assert any("gate_up_proj" in key for key in load_file(tmp_path / "dense/model.safetensors"))
+    model = loaded(tmp_path / "dense")
+    wanted = quantize_model(CAUSAL.from_pretrained(tmp_path / "dense"))
+    a, b = model.state_dict(), wanted.state_dict()
+    assert layers_of(model).keys() == layers_of(wanted).keys()
+    assert all(torch.equal(a[key], b[key]) for key in b)
+    with pytest.raises(NotImplementedError, match=r"a name of its own in the files, got .*_proj"):
+        model.save_pretrained(tmp_path / "ours")
+
+
+def test_memory_is_planned_for_what_becomes_4_bit(tmp_path):
+    quantizer, model = streaming.FastLoraQuantizer(FastLoraConfig(), pre_quantized=False), llama()
+    quantizer.preprocess_model(model)
+    sizes = {n: quantizer.param_element_size(model, n, p) for n, p in model.named_parameters()}
+    quantize_model(model)
+    assert {n for n, size in sizes.items() if size == 0.5} == {
+        f"{p}.weight" for p in layers_of(model)
+    }
