@@ -99,7 +99,8 @@ def _check(problem: StepProblem, mode: str, provider: Provider, call: Call) -> l
     got, dtype = call(), problem.params[0].dtype
     if not got:
         return []  # nothing but bytes was moved
-    bound = max(torch.finfo(dtype).eps, 1e-5)
+    # of the largest parameter, which is some fifty times the update; bitsandbytes' is 1e-3 off
+    bound = max(torch.finfo(dtype).eps, 1e-4)
     heads = torch.cat([t.detach().view(-1)[:1000] for t in got.values()])
     return [deviation("w", heads, torch.cat(problem.truth), bound)]
 
@@ -154,11 +155,13 @@ def _transfer(problem: StepProblem, mode: str) -> Call:
 
     def on_device() -> dict[str, Tensor]:
         pairs = ((first, there), (back, second))
-        for stream, (target, source) in zip(streams, pairs, strict=True):
+        for stream in streams:
             stream.wait_stream(current)
-            with torch.cuda.stream(stream):
-                for _ in range(turns):
+        for _ in range(turns):
+            for stream, (target, source) in zip(streams, pairs, strict=True):
+                with torch.cuda.stream(stream):
                     target.copy_(source, non_blocking=True)
+        for stream in streams:
             current.wait_stream(stream)
         return {}
 
