@@ -110,6 +110,20 @@ def quantize_layer(layer: nn.Module, blocksize: int, double_quant: bool) -> Line
     return new
 
 
+def dequantize_model(root: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Replace all `Linear4bit` layers by dense ones of their values, in place.
+
+    Args:
+        root: the model, unwrapped.
+        dtype: of the new weights; each layer's compute dtype if None.
+    """
+    places = slots.find(root)
+    for module in list(root.modules()):
+        if isinstance(module, Linear4bit):
+            slots.replace(places, module, _dense(module, module.dequantize(dtype)))
+    state_of(root).dense = {}
+
+
 def add_lora(model: nn.Module, cfg: LoraConfig, adapter_name: str = "default") -> nn.Module:
     """Add an adapter, in place; everything but adapters and `modules_to_save` is frozen.
 
@@ -273,11 +287,7 @@ def merge_lora(
         else:
             slots.replace(places, layer, _merged(path, layer, name, quantize))
     if not quantize:
-        places = slots.find(root)
-        for module in list(root.modules()):
-            if isinstance(module, Linear4bit):
-                slots.replace(places, module, _dense(module, module.dequantize()))
-        state_of(root).dense = {}
+        dequantize_model(root)
     if untied:  # else transformers would tie them again when the model is loaded
         root.config.tie_word_embeddings = False
     _forget_adapters(root)

@@ -21,7 +21,7 @@ from fastlora.integrations.transformers.tensors import (
     four_bit,
     has_adapters,
 )
-from fastlora.model import state_of
+from fastlora.model import dequantize_model, state_of
 from fastlora.nn import Linear4bit
 from fastlora.targets import is_linear
 
@@ -172,6 +172,10 @@ class NF4Quantizer(HfQuantizer):
         model.config.quantization_config = self.quantization_config
         model._weight_conversions = reversible(model._weight_conversions)
         self._finish(model)
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> nn.Module:
+        dequantize_model(model, dtype)
+        return model
 
     def _finish(self, model: PreTrainedModel) -> None:
         """What is left to do to a model that is loaded, once it looks like any other."""
