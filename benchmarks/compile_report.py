@@ -205,7 +205,7 @@ def _adamw() -> Iterator[Case]:
             yield Case(
                 "adamw",
                 f"{variant}, {kind}",
-                adamw.configs,
+                partial(adamw.configs, bits=32 if launch.func is adamw.adamw32 else 8),
                 launch,
                 tile=("TILE",),
                 wide=wide if launch.func is adamw.adamw32 else (),

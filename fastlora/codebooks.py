@@ -87,6 +87,47 @@ def code_guess(signed: bool, device: torch.device | str = "cpu") -> Tensor:
 
 
 @cache
+def code_sums(signed: bool, device: torch.device | str = "cpu") -> Tensor:
+    """What to add to the bits of a number, so that its code is in bits 24 to 31 of the sum.
+
+    One look-up and no comparison. Numbers that share their upper bits have one entry; among them is
+    one midpoint at most, beyond which their lower bits carry into the code. In 32 bits:
+
+        unsigned    key = bits of x                  sum = table[(key >> 16) % 4096] + (key << 8)
+        signed      key = 2 (bits of |x|) + (x < 0)  sum = table[(key >> 18) % 2048] + (key << 6)
+
+    Signed gives the code of |x|, that of -|x| is 254 minus it; the sign in the key decides where
+    |x| is a midpoint, to which the lower code belongs. There are entries from 2^-31 to below 2.
+
+    Of the unsigned type numbers below 2^-21 have code 0, and all others at least 1.
+
+    Args:
+        signed: of `dynamic_map`, else of `unsigned_dynamic_map`.
+        device: where.
+
+    Returns:
+        int32 [2048] if signed, else [4096].
+    """
+    low, size = (18, 2048) if signed else (16, 4096)
+    edges = midpoints(dynamic_map() if signed else unsigned_dynamic_map())
+    edges = edges[edges > 0] if signed else edges.index_fill(0, torch.tensor([0]), _below(2.0**-21))
+    keys = edges.view(torch.int32).long() << signed
+    exponent = torch.tensor(2.0**-31, device="cpu").view(torch.int32).long() << signed
+    first = exponent + (torch.arange(size, device="cpu") << low)  # key of each entry
+    before, behind = (torch.searchsorted(keys, k) for k in (first, first + (1 << low) - 1))
+    # the largest one of an entry must not carry unless it is beyond a midpoint
+    carry = torch.where(
+        behind > before, first + (1 << low) - 1 - keys[before.clamp(max=len(keys) - 1)], 0
+    )
+    total = ((before + 127 * signed) << 24) + (carry << (24 - low)) - (first << (24 - low))
+    return total.to(torch.int32).to(device)
+
+
+def _below(x: float) -> float:
+    return torch.nextafter(torch.tensor(x, device="cpu"), torch.tensor(0.0, device="cpu")).item()
+
+
+@cache
 def dynamic_lut(device: torch.device | str = "cpu") -> Tensor:
     """The code nearest to i / 32767.5 - 1, uint8 [65536].
 
