@@ -207,8 +207,7 @@ def watch():
         seen.append(anonymous())
 
 auto = transformers.AutoModelForCausalLM
-config = FastLoraConfig() if sys.argv[2] == "quantised" else None
-arguments = {"dtype": torch.bfloat16, "quantization_config": config}
+arguments = {"dtype": torch.bfloat16, "quantization_config": FastLoraConfig()}
 auto.from_pretrained(sys.argv[1] + "/small", **arguments)  # what is loaded once
 seen, done, before = [], threading.Event(), anonymous()
 thread = threading.Thread(target=watch)
@@ -228,17 +227,14 @@ def test_the_peak_on_the_host_is_far_below_the_dense_model(tmp_path):
     # a cast while reading leaves holes in the heap, by chance more or fewer
     dense = llama(**sizes).bfloat16()
     dense.save_pretrained(tmp_path / "large", max_shard_size="10MB")
-    assert len([*(tmp_path / "large").glob("*.safetensors")]) > 8
+    assert len([*(tmp_path / "large").glob("*.safetensors")]) == 8
     size = sum(p.numel() for p in dense.parameters()) * 2 / 1024  # KiB in bf16
     del dense
-    peak = {}
-    for kind in ("dense", "quantised"):
-        command = [sys.executable, "-c", PEAK, str(tmp_path), kind]
-        run = subprocess.run(command, capture_output=True, text=True, check=True)
-        peak[kind] = int(run.stdout)
-    assert peak["dense"] > 0.9 * size  # else this measures nothing
-    # 4-bit weights are 0.26 of it; what is read and quantised at a time is a weight
-    assert peak["quantised"] < 0.26 * size + 10 * 1024
+    command = [sys.executable, "-c", PEAK, str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    # 4-bit weights are 0.26 of it; what is read and quantised at a time is a weight. Files that are
+    # mapped are the system's to drop
+    assert 0.2 * size < int(run.stdout) < 0.26 * size + 10 * 1024
 
 
 @pytest.mark.parametrize("dtype", ["auto", None, torch.float16])
