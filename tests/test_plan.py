@@ -11,7 +11,8 @@ from fastlora import plan
 from fastlora.member import Member
 
 CPU = torch.device("cpu")
-GATE = plan.Problem(M=8192, N=(14336,), K=4096, R=(16,), dropout=True, stackable=True)
+# of a size that no shipped table has
+GATE = plan.Problem(M=4096, N=(14336,), K=4096, R=(16,), dropout=True, stackable=True)
 
 
 @pytest.fixture(autouse=True)
@@ -67,21 +68,35 @@ def test_no_adapter_needs_no_path():
 
 
 def test_what_was_measured_is_taken(tmp_path, monkeypatch):
-    row = {"M": 8192, "N": [14336], "K": 4096, "R": [16], "dropout": True, "stackable": True}
+    row = {"M": 4096, "N": [14336], "K": 4096, "R": [16], "dropout": True, "stackable": True}
     (tmp_path / "plans").mkdir()
     file = tmp_path / "plans" / "nvidia-h200.json"
     file.write_text(json.dumps([row | {"forward": "gemm", "dx": "gemm"}]))
     monkeypatch.setattr(plan.resources, "files", lambda _: tmp_path)
     assert chosen(GATE) == plan.Path("gemm", "gemm", "measured on NVIDIA H200")
-    assert "roofline" in chosen(replace(GATE, M=4096)).reason
+    assert "roofline" in chosen(replace(GATE, M=8192)).reason
     assert "roofline" in chosen(GATE, kind="NVIDIA A100-SXM4-80GB").reason
 
 
 def test_shipped_tables_can_be_read():
     folder = plan.resources.files("fastlora").joinpath("plans")
     names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
+    assert names
     for name in names:
-        assert plan.measured(name.removesuffix(".json").replace("-", " "))
+        kind = name.removesuffix(".json").replace("-", " ")
+        table = plan.measured(kind)
+        assert len(table) == len(json.loads((folder / name).read_text()))
+        device = plan.DEVICES["A100"]  # any: what can run is the same on all
+        for problem, path in table.items():
+            assert plan.bucket(problem.M) == problem.M
+            assert path.forward in plan.forward_seconds(device, problem)
+            assert path.dx in plan.dx_seconds(device, problem)
+
+
+def test_an_h200_takes_what_was_measured_on_it():
+    path = chosen(replace(GATE, M=8192))
+    assert path.reason == "measured on NVIDIA H200"
+    assert (path.forward, path.dx) == ("augment", "tail")
 
 
 @pytest.mark.parametrize(("M", "size"), [(0, 1), (1, 1), (3, 4), (64, 64), (65, 128), (8192, 8192)])
