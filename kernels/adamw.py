@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import arch
+from .common import arch, cdiv
 
 BLOCK = 256  # 8-bit moments that share one scale
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -435,7 +435,7 @@ def _launch(
     config: triton.Config,
 ) -> None:
     n = tensors[0].numel()
-    kernel[(triton.cdiv(n, config.kwargs["TILE"]),)](
+    kernel[(cdiv(n, config.kwargs["TILE"]),)](
         table.pointers,
         table.starts,
         table.tiles,

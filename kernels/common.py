@@ -56,6 +56,19 @@ def family(backend: str, target: int | str) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(target // 10, "sm_86")
 
 
+# Triton's own take microseconds on the host, a layer needs some thirty
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The power of two at or above n, which is 1 or more."""
+    return 1 << (n - 1).bit_length()
+
+
 def multiprocessors() -> int:
     """How many programs the current device runs side by side, at least."""
     if torch.cuda.is_available() and not INTERPRET:

@@ -9,12 +9,14 @@ Source: Zhu et al. 2025, LoRAFusion, arXiv:2510.00206, the LoRA term inside of t
 the loop, where it takes no registers while the loop runs.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .common import arch, multiprocessors
+from .common import arch, cdiv, multiprocessors, next_power_of_2
 from .dropout import keep_mask, keep_scale
 
 
@@ -37,6 +39,7 @@ _INTERPRET = (
 )
 
 
+@cache
 def configs(
     arch: str, R: int, itemsize: int = 2, aligned: bool = True
 ) -> tuple[triton.Config, ...]:
@@ -271,7 +274,7 @@ def _launch(x, w, s, up, bias, state, y, factor, threshold, backward, config) ->
     if config is None:
         config = configs(arch(), R, x.element_size(), all(map(_aligned, (x, w, y))))[0]
     meta = config.kwargs
-    programs = triton.cdiv(M, meta["BLOCK_M"]) * triton.cdiv(N, meta["BLOCK_N"])
+    programs = cdiv(M, meta["BLOCK_M"]) * cdiv(N, meta["BLOCK_N"])
     strides = [t.stride(0) for t in (x, w, s, up, y)]
     if meta["FORM"] == "tma":
         # eight warps with their tile fill a multiprocessor
@@ -295,7 +298,7 @@ def _launch(x, w, s, up, bias, state, y, factor, threshold, backward, config) ->
         threshold,
         *strides,
         R=R,
-        BLOCK_R=min(32, max(16, triton.next_power_of_2(R))),
+        BLOCK_R=min(32, max(16, next_power_of_2(R))),
         BACKWARD=backward,
         enable_fp_fusion=True,
         **config.all_kwargs(),

@@ -9,16 +9,19 @@ fill the device and a second pass adds the parts of da up.
 Source: Hu et al. 2021, arXiv:2106.09685, eq. 3, differentiated.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import arch
+from .common import arch, cdiv, next_power_of_2
 from .dropout import keep_mask, keep_scale
 from .reduce import Sum, reduce, split
 
 
+@cache
 def configs(
     arch: str, R: int, itemsize: int = 2, dropout: bool = False, dx: bool = False
 ) -> tuple[triton.Config, ...]:
@@ -34,7 +37,7 @@ def configs(
     Returns:
         The default and candidates for tuning.
     """
-    block_r = min(256 if itemsize == 2 else 64, max(16, triton.next_power_of_2(R)))
+    block_r = min(256 if itemsize == 2 else 64, max(16, next_power_of_2(R)))
 
     def config(form: str, m: int, k: int, warps: int, stages: int) -> triton.Config:
         blocks = {"FORM": form, "BLOCK_M": m, "BLOCK_K": k, "BLOCK_R": block_r}
@@ -207,8 +210,8 @@ def partial_da(
     (M, K), R = x.shape, ds.shape[1]
     config = config or configs(arch(), R, x.element_size(), threshold > 0, dx is not None)[0]
     block_m, block_k, block_r = (config.kwargs[f"BLOCK_{dim}"] for dim in "MKR")
-    blocks = triton.cdiv(K, block_k) * triton.cdiv(R, block_r)
-    splits, steps = split(blocks, max(triton.cdiv(M, block_m), 1), waves=2)
+    blocks = cdiv(K, block_k) * cdiv(R, block_r)
+    splits, steps = split(blocks, max(cdiv(M, block_m), 1), waves=2)
     shape = (R, K) if order == "rk" else (K, R)
     parts = x.new_empty(splits if M else 0, *shape, dtype=torch.float32)
     strides = parts.stride()[1:] if order == "rk" else parts.stride()[:0:-1]

@@ -10,12 +10,14 @@ launches read it then. One more launch adds all parts up.
 Source: Hu et al. 2021, arXiv:2106.09685, eq. 3, differentiated.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import arch
+from .common import arch, cdiv, next_power_of_2
 from .lora_bwd_da import partial_da
 from .lora_down import project
 from .reduce import Sum, reduce, split
@@ -24,6 +26,7 @@ from .reduce import Sum, reduce, split
 APART = triton.Config({"FORM": "apart"})
 
 
+@cache
 def configs(arch: str, R: int, itemsize: int = 2) -> tuple[triton.Config, ...]:
     """Configurations for a family of devices, the default first.
 
@@ -35,7 +38,7 @@ def configs(arch: str, R: int, itemsize: int = 2) -> tuple[triton.Config, ...]:
     Returns:
         The default and candidates for tuning.
     """
-    block_r = max(16, triton.next_power_of_2(R))
+    block_r = max(16, next_power_of_2(R))
 
     def config(form: str, m: int, n: int, warps: int, stages: int, waves: int = 2) -> triton.Config:
         blocks = {"FORM": form, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_R": block_r, "WAVES": waves}
@@ -150,8 +153,8 @@ def lora_bwd_ds_db(
         reduce([*sums, Sum(partial_da(dy, s, "kr"), db, scale)])
         return db
     block_m, block_n = config.kwargs["BLOCK_M"], config.kwargs["BLOCK_N"]
-    blocks = triton.cdiv(N, block_n)
-    splits, steps = split(blocks, triton.cdiv(M, block_m), config.kwargs["WAVES"])
+    blocks = cdiv(N, block_n)
+    splits, steps = split(blocks, cdiv(M, block_m), config.kwargs["WAVES"])
     ds_parts = dy.new_empty(blocks, M, R, dtype=torch.float32)
     db_parts = dy.new_empty(splits, N, R, dtype=torch.float32)
     _lora_bwd_ds_db_kernel[(blocks, splits)](

@@ -6,14 +6,17 @@ Bound by memory: reads and writes dx once, 2 * M * K elements. The mask is made 
 Source: Hu et al. 2021, arXiv:2106.09685, eq. 3, differentiated.
 """
 
+from functools import cache
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import arch
+from .common import arch, cdiv, next_power_of_2
 from .dropout import keep_mask, keep_scale
 
 
+@cache
 def configs(
     arch: str, R: int, itemsize: int = 2, dropout: bool = False
 ) -> tuple[triton.Config, ...]:
@@ -28,7 +31,7 @@ def configs(
     Returns:
         The default and candidates for tuning.
     """
-    block_r = min(64, max(16, triton.next_power_of_2(R)))
+    block_r = min(64, max(16, next_power_of_2(R)))
 
     def config(m: int, k: int, warps: int, stages: int) -> triton.Config:
         blocks = {"BLOCK_M": m, "BLOCK_K": k, "BLOCK_R": block_r}
@@ -108,7 +111,7 @@ def lora_bwd_dx(
     if M == 0:
         return
     config = config or configs(arch(), R, dx.element_size(), threshold > 0)[0]
-    blocks = triton.cdiv(M, config.kwargs["BLOCK_M"]) * triton.cdiv(K, config.kwargs["BLOCK_K"])
+    blocks = cdiv(M, config.kwargs["BLOCK_M"]) * cdiv(K, config.kwargs["BLOCK_K"])
     _lora_bwd_dx_kernel[(blocks,)](
         dx,
         ds,

@@ -8,16 +8,19 @@ and a second pass adds the parts up.
 Source: Hu et al. 2021, arXiv:2106.09685, eq. 3.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import arch
+from .common import arch, cdiv, next_power_of_2
 from .dropout import keep_mask, keep_scale
 from .reduce import Sum, reduce, split
 
 
+@cache
 def configs(
     arch: str, R: int, itemsize: int = 2, dropout: bool = False
 ) -> tuple[triton.Config, ...]:
@@ -32,7 +35,7 @@ def configs(
     Returns:
         The default and candidates for tuning.
     """
-    block_r = min(256, max(16, triton.next_power_of_2(R)))
+    block_r = min(256, max(16, next_power_of_2(R)))
 
     def config(m: int, k: int, warps: int, stages: int) -> triton.Config:
         blocks = {"BLOCK_M": m, "BLOCK_K": k, "BLOCK_R": block_r}
@@ -170,9 +173,9 @@ def project(
         return []
     config = config or configs(arch(), R, x.element_size(), threshold > 0)[0]
     block_m, block_k, block_r = (config.kwargs[f"BLOCK_{dim}"] for dim in "MKR")
-    blocks = triton.cdiv(M, block_m) * triton.cdiv(R, block_r)
+    blocks = cdiv(M, block_m) * cdiv(R, block_r)
     # a second launch costs more than idle multiprocessors: at most one program each
-    splits, steps = split(blocks, triton.cdiv(K, block_k), waves=1)
+    splits, steps = split(blocks, cdiv(K, block_k), waves=1)
     parts = out if splits == 1 else x.new_empty(splits, M, R, dtype=torch.float32)
     _lora_down_kernel[(blocks, splits)](
         x,

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import nf4_tables
-from .common import arch
+from .common import arch, cdiv
 
 NF4_THRESHOLDS = tl.constexpr(nf4_tables.NF4_THRESHOLDS)
 
@@ -82,9 +82,9 @@ def quantize_blocks(
         int64 [] number of NaN and Inf in `w`.
     """
     config = config or configs(arch())[0]
-    blocks = triton.cdiv(w.numel(), blocksize)
-    programs = triton.cdiv(blocks, max(config.kwargs["TILE"] // blocksize, 1))
-    packed = torch.empty(triton.cdiv(w.numel(), 2), dtype=torch.uint8, device=w.device)
+    blocks = cdiv(w.numel(), blocksize)
+    programs = cdiv(blocks, max(config.kwargs["TILE"] // blocksize, 1))
+    packed = torch.empty(cdiv(w.numel(), 2), dtype=torch.uint8, device=w.device)
     absmax = torch.empty(blocks, dtype=torch.float32, device=w.device)
     nonfinite = torch.empty(programs, dtype=torch.int32, device=w.device)
     _nf4_quantize_kernel[(programs,)](

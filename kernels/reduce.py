@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import multiprocessors
+from .common import cdiv, multiprocessors, next_power_of_2
 
 # elements of a result that a program adds up: four a thread
 BLOCK = 512
@@ -40,8 +40,8 @@ def split(blocks: int, steps: int, waves: int, available: int | None = None) -> 
     """
     available = multiprocessors() if available is None else available
     parts = min(max(waves * available // max(blocks, 1), 1), max(steps, 1))
-    turns = triton.cdiv(steps, parts)
-    return triton.cdiv(steps, turns), turns
+    turns = cdiv(steps, parts)
+    return cdiv(steps, turns), turns
 
 
 @triton.jit
@@ -94,9 +94,9 @@ def reduce(sums: list[Sum]) -> None:
         return
     first, second = sums[0], sums[-1]
     cols = first.out.shape[1]
-    block_cols = min(triton.next_power_of_2(cols), BLOCK)
+    block_cols = min(next_power_of_2(cols), BLOCK)
     block_rows = BLOCK // block_cols
-    blocks = [triton.cdiv(s.out.shape[0], block_rows) * triton.cdiv(cols, block_cols) for s in sums]
+    blocks = [cdiv(s.out.shape[0], block_rows) * cdiv(cols, block_cols) for s in sums]
     _reduce_kernel[(sum(blocks),)](
         first.parts,
         second.parts,
