@@ -81,15 +81,38 @@ def save_adapter(
         OSError: the files cannot be written; what was there stays.
         ValueError: there is no such adapter.
     """
-    root, folder = unwrap(model), Path(path)
+    root = unwrap(model)
     configs = state_of(root).configs
     name = state_of(root).active if adapter_name is None else adapter_name
     if name not in configs:
         raise ValueError(f"adapter_name must be one of {[*configs]}, got {name!r}")
-    tensors = {key: _on_cpu(key, t) for key, t in _live_tensors(root, name).items()}
+    tensors = _live_tensors(root, name)
     _check_lora_shapes(root, name, tensors)
+    return write_adapter(tensors, configs[name], path)
+
+
+def write_adapter(
+    tensors: dict[str, Tensor], config: LoraConfig, path: str | os.PathLike[str]
+) -> Path:
+    """Write tensors and settings as `save_adapter` does.
+
+    Args:
+        tensors: PEFT's key -> tensor, any shape and dtype.
+        config: what they were trained with.
+        path: a folder, made if missing.
+
+    Returns:
+        The folder.
+
+    Raises:
+        AdapterError: a tensor is not finite.
+        NotImplementedError: a tensor is sharded.
+        OSError: the files cannot be written; what was there stays.
+    """
+    folder = Path(path)
+    tensors = {key: _on_cpu(key, t) for key, t in tensors.items()}
     _check_finite(tensors)
-    config = replace(configs[name], inference_mode=True)  # as PEFT writes it
+    config = replace(config, inference_mode=True)  # as PEFT writes it
     stamp = _Stamp(_digest(tensors), config.digest())
     text = json.dumps(config.to_dict(), indent=2)
     folder.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import re
 import shlex
 import subprocess
 
@@ -10,17 +9,9 @@ import pytest
 import torch
 import typer
 from helpers import ROOT
+from readme import blocks
 
 from fastlora import cli
-
-README = (ROOT / "README.md").read_text()
-BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-
-
-def blocks(language):
-    """Source of every block in `language`, padded so that line numbers are the README's."""
-    found = [m for m in BLOCK.finditer(README) if m[1] == language]
-    return ["\n" * README.count("\n", 0, m.start(2)) + m[2] for m in found]
 
 
 def commands(program):
