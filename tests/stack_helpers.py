@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from enum import Enum
 from importlib import import_module
 from importlib.util import find_spec
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -75,6 +75,8 @@ class Callback:
 
 
 _KERNELS = "llamafactory.v1.plugins.model_plugins.kernels"
+_LIGHTNING = {"Callback": Callback, "LightningModule": object, "Trainer": object}
+# package -> module -> what is in it
 STAND_INS = {
     "axolotl": {"axolotl.integrations.base": {"BasePlugin": BasePlugin}},
     "llamafactory": {
@@ -82,9 +84,8 @@ STAND_INS = {
         f"{_KERNELS}.base": {"BaseKernel": BaseKernel},
         f"{_KERNELS}.registry": {"Registry": Registry, "register_kernel": Registry.register},
     },
-    "lightning": {
-        "lightning.pytorch": {"Callback": Callback, "LightningModule": object, "Trainer": object}
-    },
+    "lightning": {"lightning.pytorch": _LIGHTNING},
+    "pytorch_lightning": {"pytorch_lightning": _LIGHTNING},
 }
 
 
@@ -98,19 +99,21 @@ def needs(stack: str) -> pytest.MarkDecorator:
     return mark
 
 
-def plugin(stack: str, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Our module for a stack, over the stack itself, or over its stand-in where there is none."""
+def plugin(stack: str, monkeypatch: pytest.MonkeyPatch, package: str | None = None) -> ModuleType:
+    """Our module for a stack, over the package itself, or over its stand-in where there is none."""
+    package = package or stack
+    if not find_spec(package):
+        for path, content in STAND_INS[package].items():
+            parts = path.split(".")
+            for end in range(1, len(parts) + 1):
+                part = ".".join(parts[:end])
+                if sys.modules.get(part) is None:
+                    monkeypatch.setitem(sys.modules, part, ModuleType(part))
+            vars(sys.modules[path]).update(content)
+    elif package == stack:
+        return import_module(f"fastlora.integrations.{stack}")
+    # what is imported over a stand-in, or under another name, is forgotten after the test
     name = f"fastlora.integrations.{stack}"
-    if find_spec(stack):
-        return import_module(name)
-    for path, content in STAND_INS[stack].items():
-        parts = path.split(".")
-        for end in range(1, len(parts) + 1):
-            part = ".".join(parts[:end])
-            if part not in sys.modules:
-                monkeypatch.setitem(sys.modules, part, ModuleType(part))
-        vars(sys.modules[path]).update(content)
-    # what is imported over a stand-in is forgotten with it
     monkeypatch.setitem(sys.modules, name, None)
     del sys.modules[name]
     return import_module(name)

@@ -200,8 +200,13 @@ def test_llamafactory_recipes(forgotten, monkeypatch):
 # --- Lightning -------------------------------------------------------------------------------
 
 
-def test_lightning_callback(monkeypatch):
-    callback = plugin("lightning", monkeypatch).FastLora()
+@pytest.mark.parametrize("package", ["lightning", "pytorch_lightning"])
+def test_lightning_callback(package, monkeypatch):
+    if package != "lightning":
+        monkeypatch.setitem(sys.modules, "lightning", None)
+        monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
+    callback = plugin("lightning", monkeypatch, package).FastLora()
+    assert type(callback).__mro__[1].__module__.partition(".")[0] in (package, "stack_helpers")
     module = nn.Module()
     module.model = adapted("dense")
     assert callback.report is None
@@ -283,6 +288,7 @@ def test_lightning_recipe(tmp_path, monkeypatch):
 
 # --- torchtune -------------------------------------------------------------------------------
 
+KINDS = ("gemma", "gemma2", "llama", "mistral", "qwen2")
 NAMES = {
     "q_proj": "attn.q_proj",
     "k_proj": "attn.k_proj",
@@ -307,7 +313,7 @@ def adapter(model):
     return state
 
 
-@pytest.mark.parametrize("kind", ["gemma", "gemma2", "llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_torchtune_there_and_back(kind):
     model = llama()
     model.config.model_type = kind
@@ -319,21 +325,23 @@ def test_torchtune_there_and_back(kind):
     assert all(torch.equal(back[key], tensor) for key, tensor in state.items())
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("name", "heads"), [("q_proj", 4), ("k_proj", 2)])
-def test_torchtune_pairs_that_rotate_together_stay_together(name, heads):
+def test_torchtune_pairs_that_rotate_together_stay_together(kind, name, heads):
     model, size = llama(), 16
+    model.config.model_type = kind
     state = adapter(model)
     theirs = torchtune.to_peft(state, model.config)
     b = state[f"layers.1.attn.{name}.lora_b.weight"]
     got = theirs[f"base_model.model.model.layers.1.self_attn.{name}.lora_B.weight"]
+    if kind == "qwen2":  # rotates as transformers does
+        assert torch.equal(got, b)
+        return
     for head in range(heads):
         for i in range(size // 2):
             start = head * size
             assert torch.equal(got[start + i], b[start + 2 * i])
             assert torch.equal(got[start + size // 2 + i], b[start + 2 * i + 1])
-    model.config.model_type = "qwen2"
-    same = torchtune.to_peft(state, model.config)
-    assert torch.equal(same[f"base_model.model.model.layers.1.self_attn.{name}.lora_B.weight"], b)
 
 
 def test_torchtune_adapters_load_in_peft_and_here(tmp_path):
@@ -386,40 +394,75 @@ def test_torchtune_refuses_several_ranks(tmp_path):
     assert not [*tmp_path.iterdir()]
 
 
-@needs("torchtune")
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_torchtune_itself(kind, tmp_path):
-    """Its model and transformers' compute the same with an adapter, in both directions."""
-    from torchtune.models.convert_weights import hf_to_tune, tune_to_peft_adapter_weights
-    from torchtune.models.llama2 import lora_llama2
-    from torchtune.models.qwen2 import lora_qwen2
+def small(kind):
+    """A model in transformers, and in torchtune with adapters, of the same weights."""
+    import transformers
+    from torchtune.models import convert_weights, gemma, gemma2, llama2, mistral, qwen2
+    from torchtune.models.gemma2._convert_weights import gemma2_hf_to_tune
     from torchtune.models.qwen2._convert_weights import qwen2_hf_to_tune
-    from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    sizes = dict(vocab_size=VOCAB, num_layers=2, num_heads=4, num_kv_heads=2, embed_dim=64)
-    lora = dict(apply_lora_to_mlp=True, apply_lora_to_output=True, lora_rank=4, lora_alpha=6.0)
-    lora["lora_attn_modules"] = ["q_proj", "k_proj", "v_proj", "output_proj"]
-    sizes |= dict(max_seq_len=32, intermediate_dim=96, norm_eps=1e-6)
-    facts = dict(num_heads=4, num_kv_heads=2, dim=64)
-    if kind == "llama":
-        model = llama()
-        theirs, base = lora_llama2(**lora, **sizes), hf_to_tune(model.state_dict(), **facts)
-    else:
-        names = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2)
-        names |= dict(num_attention_heads=4, num_key_value_heads=2, vocab_size=VOCAB)
-        model = Qwen2ForCausalLM(Qwen2Config(**names, rope_theta=10000.0)).to(DEVICE).eval()
-        theirs = lora_qwen2(**lora, **sizes, rope_base=10000.0)
-        base = qwen2_hf_to_tune(model.state_dict(), **facts)
-    state = adapter(model)
-    theirs.load_state_dict(base | state)
+    head = {"head_dim": 24} if "gemma" in kind else {}
+    config = transformers.AutoConfig.for_model(
+        kind,
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rms_norm_eps=1e-6,
+        pad_token_id=0,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        **head,
+    )
+    config.query_pre_attn_scalar = 24  # torchtune takes the size of a head
+    model = transformers.AutoModelForCausalLM.from_config(config).to(DEVICE).eval()
+    modules = {"llama": llama2, "gemma": gemma, "gemma2": gemma2, "mistral": mistral}
+    make = getattr(modules.get(kind, qwen2), "lora_" + ("llama2" if kind == "llama" else kind))
+    theirs = make(
+        ["q_proj", "k_proj", "v_proj", "output_proj"],
+        True,
+        vocab_size=VOCAB,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        embed_dim=64,
+        intermediate_dim=96,
+        max_seq_len=32,
+        norm_eps=1e-6,
+        lora_rank=4,
+        lora_alpha=6.0,
+        **head,
+        **({"rope_base": 10000.0} if kind == "qwen2" else {}),
+    )
+    to_tune = {"qwen2": qwen2_hf_to_tune, "gemma2": gemma2_hf_to_tune}
+    facts = dict(num_heads=4, num_kv_heads=2, dim=64, **head)
+    base = to_tune.get(kind, convert_weights.hf_to_tune)(model.state_dict(), **facts)
+    theirs.load_state_dict(base, strict=False)
+    return model, theirs.eval(), facts
+
+
+@needs("torchtune")
+@pytest.mark.parametrize("kind", KINDS)
+def test_torchtune_itself(kind, tmp_path):
+    """Its model and transformers' compute the same, without an adapter and with one."""
+    from torchtune.models.convert_weights import tune_to_peft_adapter_weights
+
+    model, theirs, facts = small(kind)
     with torch.no_grad():
-        expected = theirs.eval()(tokens().cpu()).to(DEVICE)
+        apart = (logits(model) - theirs(tokens().cpu()).to(DEVICE)).abs().max()
+    # sums and rotations in another order; torchtune's Gemma 2 is not quite the same
+    assert apart < (2e-3 if kind == "gemma2" else 1e-4)
+    state = {k: v for k, v in adapter(model).items() if k in theirs.state_dict()}
+    assert len(state) == 28
+    assert not theirs.load_state_dict(state, strict=False).unexpected_keys
+    with torch.no_grad():
+        expected = theirs(tokens().cpu()).to(DEVICE)
     folder = torchtune.save_as_peft(state, tmp_path, model.config, lora_alpha=6)
     assert (logits(model) - expected).abs().max() > 0.1
     fastlora.load_adapter(model, folder)
-    assert (logits(model) - expected).abs().max() < 1e-4  # another order of sums, and of rotations
-    own = tune_to_peft_adapter_weights(state, **facts)
-    ours = torchtune.to_peft(state, model.config)
+    assert (logits(model) - expected).abs().max() < 1e-4 + 4 * apart
+    own, ours = tune_to_peft_adapter_weights(state, **facts), torchtune.to_peft(state, model.config)
     assert own.keys() == ours.keys()
-    # torchtune 0.6 reorders the adapters of Qwen too, whose weights it leaves in order
-    assert all(torch.equal(own[key], ours[key]) for key in own) is (kind == "llama")
+    # torchtune 0.6 reorders the adapters of Qwen 2 too, whose weights it leaves in order
+    assert all(torch.equal(own[key], ours[key]) for key in own) is (kind != "qwen2")
