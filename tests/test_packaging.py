@@ -149,8 +149,9 @@ def test_wheel_contents(wheel_without_compiler):
     info = f"fastlora_engine-{VERSION}.dist-info"
     names = set(zipfile.ZipFile(wheel_without_compiler).namelist())
     code = {name for name in names if not name.startswith(f"{info}/")}
+    plans = {str(path.relative_to(ROOT)) for path in (ROOT / "fastlora/plans").glob("*.json")}
     # nothing else: no tests, no csrc, no second top-level package
-    assert code == sources | {"fastlora/py.typed"}
+    assert code == sources | plans | {"fastlora/py.typed"}
     assert f"{info}/licenses/LICENSE" in names
 
 
