@@ -1,6 +1,8 @@
 """`fastlora merge` on tiny models: what is written, how it is measured, what is said."""
 
 import json
+import math
+import re
 import shlex
 
 import pytest
@@ -222,15 +224,41 @@ def test_classifiers(kind, model, tmp_path):
 def test_drift_of_known_logits():
     before = [torch.tensor([[0.0, 1.0], [2.0, 0.0]]), torch.tensor([[0.0, 3.0]])]
     after = [torch.tensor([[0.0, 1.5], [2.0, 3.0]]), torch.tensor([[0.0, 3.0]])]
-    drift = merging.compare(before, after)
+    rows = [[0, 1], [1]]
+    drift = merging.compare(before, after, rows)
     p, q = (torch.cat(x).double().softmax(-1) for x in (before, after))
     kl = (p * (p / q).log()).sum(-1).mean().item()
     assert drift.kl == pytest.approx(kl)
     assert (drift.positions, drift.largest) == (3, 3)
     assert drift.mean == pytest.approx(3.5 / 6)
     assert drift.same == 2
-    same = merging.compare(before, before)
+    # one text has a next token, which the first row of logits predicts
+    assert drift.perplexity == pytest.approx(1 + math.exp(-1.5))
+    same = merging.compare(before, before, rows)
     assert (same.largest, same.kl, same.same) == (0, 0, 3)
+    assert same.perplexity == pytest.approx(1 + math.exp(-1))
+    assert math.isnan(merging.compare([torch.ones(1, 2)], [torch.ones(1, 2)], [[3, 4]]).loss)
+
+
+def test_perplexity_is_that_of_transformers_and_a_report_can_be_left_out(adapter, tmp_path):
+    result = merged("--adapter", adapter, "-o", tmp_path / "out", "--format", "fp32")
+    words = " ".join(result.stdout.split())
+    said = re.search(r"Perplexity of the texts: (\S+) unmerged, (\S+) merged, (\S+) without", words)
+    base = runs.load(TrainSettings.load(adapter), adapter)
+    rows = merging._rows(base, TrainSettings.load(adapter), None)
+    loss = tokens = 0
+    for row in rows:
+        ids = torch.tensor([row])
+        loss += base.model.eval()(ids, labels=ids).loss.item() * (len(row) - 1)
+        tokens += len(row) - 1
+    unmerged, after, without = map(float, said.groups())
+    assert unmerged == pytest.approx(math.exp(loss / tokens), rel=1e-3, abs=0.01)
+    assert after == pytest.approx(unmerged, rel=1e-3)
+    assert without != pytest.approx(unmerged, rel=1e-2)
+    quick = merged("--adapter", adapter, "-o", tmp_path / "quick", "--no-report")
+    assert "Perplexity" not in quick.stdout
+    assert "largest difference" not in quick.stdout
+    assert (tmp_path / "quick" / "model.safetensors").exists()
 
 
 def test_what_is_said_is_measured_on_what_was_written(adapter, tmp_path, monkeypatch):
@@ -256,16 +284,16 @@ def test_what_is_said_is_measured_on_what_was_written(adapter, tmp_path, monkeyp
 
 
 def test_a_merge_that_loses_what_was_trained_is_warned_of(capsys):
-    untrained = merging.Drift(positions=10, largest=3.0, mean=0.5, kl=0.4, same=7)
+    untrained = merging.Drift(positions=10, largest=3.0, mean=0.5, kl=0.4, same=7, loss=1.0)
+    nothing = merging.Drift(positions=10, largest=0.0, mean=0.0, kl=0.0, same=10, loss=0.5)
     for kl, kind, warned in ((0.3, "nf4", True), (0.1, "nf4", False), (0.3, "bf16", False)):
-        drift = merging.Drift(positions=10, largest=2.0, mean=0.4, kl=kl, same=8)
-        merging._show(drift, untrained, kind, torch.bfloat16, classifies=False)
+        drift = merging.Drift(positions=10, largest=2.0, mean=0.4, kl=kl, same=8, loss=0.7)
+        merging._show(drift, untrained, nothing, kind, torch.bfloat16, classifies=False)
         words = " ".join(capsys.readouterr().out.split())
         assert "another token than the unmerged one at 2 of 10 positions" in words
         assert ("75% as far off as the one without adapter" in words) == warned
-    nothing = merging.Drift(positions=10, largest=0.0, mean=0.0, kl=0.0, same=10)
     for drift in (nothing, untrained):
-        merging._show(drift, nothing, "nf4", torch.float32, classifies=True)
+        merging._show(drift, nothing, nothing, "nf4", torch.float32, classifies=True)
         assert "Much" not in capsys.readouterr().out
 
 
@@ -344,7 +372,7 @@ def test_what_does_not_fit_in_fp16_is_named(adapter, model, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_installed_command(adapter, tmp_path):
+def test_the_installed_command(adapter, data, tmp_path):
     good = run("merge", "--adapter", adapter, "-o", "out", cwd=tmp_path)
     assert good.returncode == 0, good.stderr
     assert good.stderr == ""
@@ -355,3 +383,6 @@ def test_the_installed_command(adapter, tmp_path):
     nothing = run("merge", "--adapter", "none", "-o", "other", cwd=tmp_path)
     assert nothing.returncode == 2
     assert "adapter must be a folder" in one_line(nothing)
+    both = ("--check-data", data, "--no-report")
+    unread = invoke("merge", "--adapter", adapter, "-o", tmp_path / "new", *both)
+    assert "check-data must come with a report, got --no-report" in one_line(unread)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from fastlora.cli import runs
-from fastlora.cli.console import check_output, require
+from fastlora.cli.console import UserError, check_output, require
 from fastlora.cli.data import read
 
 Format = Literal["bf16", "fp16", "fp32", "nf4"]
@@ -26,6 +26,13 @@ def merge(
             show_default="as in training if that is 16-bit, else bf16",
         ),
     ] = None,
+    report: Annotated[
+        bool,
+        typer.Option(
+            "--report/--no-report",
+            help="Compare what was written with the unmerged model: logits, perplexity.",
+        ),
+    ] = True,
     check_data: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Data to measure the drift on, beside a few sentences."),
@@ -37,9 +44,12 @@ def merge(
 ) -> None:
     """Merge an adapter into its model.
 
-    The model is loaded as in training, the weights are summed in fp32 and rounded once. What is
-    written is read again, and its logits are compared with those of the unmerged model.
+    The model is loaded as in training, or dense with --quantize none: then an adapter trained over
+    4 bits goes into the original weights. They are summed in fp32 and rounded once. What is written
+    is read again, and compared with the unmerged model.
     """
+    if check_data is not None and not report:
+        raise UserError("check-data must come with a report, got --no-report")
     check_output(output)
     settings = runs.settings_of(
         model, adapter, template=template, fields=fields, quantize=quantize, dtype=dtype
@@ -50,4 +60,4 @@ def merge(
     require("transformers", "accelerate")
     from fastlora.cli import merging
 
-    merging.run(settings, adapter, output, format, data)
+    merging.run(settings, adapter, output, format, data, report)

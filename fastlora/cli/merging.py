@@ -1,6 +1,7 @@
 """The course of `fastlora merge`: measure, merge, write, read again, measure, say what next."""
 
 import gc
+import math
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -42,6 +43,8 @@ class Drift:
         mean: mean absolute difference.
         kl: mean Kullback-Leibler divergence of the merged from the unmerged one, in nats.
         same: positions with the same likeliest token or class.
+        loss: mean cross entropy of the texts' next tokens in the merged one, in nats; NaN for a
+            classifier.
     """
 
     positions: int
@@ -49,6 +52,12 @@ class Drift:
     mean: float
     kl: float
     same: int
+    loss: float
+
+    @property
+    def perplexity(self) -> float:
+        """Of the texts, in the merged model."""
+        return math.exp(self.loss)
 
 
 def run(
@@ -57,6 +66,7 @@ def run(
     output: Path,
     format: str | None,
     data: Data | None,
+    report: bool,
 ) -> None:
     """Merge an adapter, write the model and print what came of it.
 
@@ -66,6 +76,7 @@ def run(
         output: new or empty folder for the merged model.
         format: bf16, fp16, fp32 or nf4; None: the compute dtype if it has 16 bits, else bf16.
         data: to measure on, besides the sentences; None: only those.
+        report: read what was written, and compare it with the unmerged model.
 
     Raises:
         UserError: the parts do not fit together, or a weight does not fit in the format.
@@ -73,45 +84,74 @@ def run(
     labels = settings.classes
     base = runs.load(settings, adapter, labels)
     models.describe(base, settings)
-    rows = _rows(base, replace(settings, max_length=min(settings.max_length, base.positions)), data)
-    with console.status("measuring the unmerged model"):
-        before = [_logits(base, row) for row in rows]
-        with fastlora.disable_adapters(base.model):
-            untrained = compare(before, (_logits(base, row) for row in rows))
+    name = format or _default(base.model.dtype)
+    before = _measure(base, settings, data) if report else None
     computed = base.model.dtype
-    name = format or _default(computed)
     with console.status("merging"):
         _merge(base, settings, name)
     _write(base, output, name)
     del base
     gc.collect()
+    if before is not None:
+        _report(before, settings, output, name, computed)
+    _what_next(output, name, bool(labels))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model before its adapter was merged.
+
+    Attributes:
+        rows: token ids of the texts.
+        logits: of each, [T, V] or [1, classes].
+        untrained: how far the model without its adapter is from it.
+    """
+
+    rows: list[list[int]]
+    logits: list[Tensor]
+    untrained: Drift
+
+
+def _measure(base: Base, settings: TrainSettings, data: Data | None) -> Measured:
+    rows = _rows(base, replace(settings, max_length=min(settings.max_length, base.positions)), data)
+    with console.status("measuring the unmerged model"):
+        logits = [_logits(base, row) for row in rows]
+        with fastlora.disable_adapters(base.model):
+            untrained = compare(logits, (_logits(base, row) for row in rows), rows)
+    return Measured(rows, logits, untrained)
+
+
+def _report(
+    before: Measured, settings: TrainSettings, output: Path, format: str, computed: torch.dtype
+) -> None:
     # what is written, in the arithmetic of before: so that the weights alone make the difference
     again = replace(
         settings,
         model=str(output),
-        quantize="nf4" if name == "nf4" else "none",
+        quantize="nf4" if format == "nf4" else "none",
         dtype=next(key for key, dtype in DTYPES.items() if dtype == computed),
     )
-    merged = runs.load(again, None, labels)
+    merged = runs.load(again, None, settings.classes)
     with console.status("measuring the merged model"):
-        drift = compare(before, (_logits(merged, row) for row in rows))
-    _show(drift, untrained, name, computed, bool(labels))
-    _what_next(output, name, bool(labels))
+        drift = compare(before.logits, (_logits(merged, row) for row in before.rows), before.rows)
+    unmerged = compare(before.logits, before.logits, before.rows)
+    _show(drift, before.untrained, unmerged, format, computed, bool(settings.classes))
 
 
-def compare(before: Iterable[Tensor], after: Iterable[Tensor]) -> Drift:
+def compare(before: Iterable[Tensor], after: Iterable[Tensor], rows: Iterable[list[int]]) -> Drift:
     """Compare logits.
 
     Args:
         before: of each text, [T, V] or [1, classes].
         after: the same of the merged model.
+        rows: token ids of each text, [T].
 
     Returns:
         Their differences.
     """
-    positions = elements = same = 0
-    largest = total = divergence = 0.0
-    for p, q in zip(before, after, strict=True):
+    positions = elements = same = predicted = 0
+    largest = total = divergence = loss = 0.0
+    for p, q, row in zip(before, after, rows, strict=True):
         gap = (p - q).abs()
         largest = max(largest, gap.max().item())
         total += gap.double().sum().item()
@@ -120,8 +160,13 @@ def compare(before: Iterable[Tensor], after: Iterable[Tensor]) -> Drift:
         same += int((p.argmax(-1) == q.argmax(-1)).sum())
         positions += len(p)
         elements += p.numel()
+        if len(p) == len(row) > 1:  # a classifier has no next token
+            loss -= log_q[:-1].gather(1, torch.tensor(row[1:])[:, None]).sum().item()
+            predicted += len(row) - 1
     # rounding must not make a divergence of nothing negative
-    return Drift(positions, largest, total / elements, max(0.0, divergence / positions), same)
+    kl = max(0.0, divergence / positions)
+    mean_loss = loss / predicted if predicted else math.nan
+    return Drift(positions, largest, total / elements, kl, same, mean_loss)
 
 
 def _rows(base: Base, settings: TrainSettings, data: Data | None) -> list[list[int]]:
@@ -200,7 +245,12 @@ def _write(base: Base, output: Path, format: str) -> None:
 
 
 def _show(
-    drift: Drift, untrained: Drift, format: str, computed: torch.dtype, classifies: bool
+    drift: Drift,
+    untrained: Drift,
+    unmerged: Drift,
+    format: str,
+    computed: torch.dtype,
+    classifies: bool,
 ) -> None:
     """The drift beside what the adapter is worth: as far off is a merge that has lost it."""
     what, where = ("class", "texts") if classifies else ("token", "positions")
@@ -224,6 +274,11 @@ def _show(
     console.print(
         f"\nRead again from disk, the merged model chooses {verdict}; both computed in {dtype}."
     )
+    if not classifies:
+        console.print(
+            f"Perplexity of the texts: {unmerged.perplexity:.2f} unmerged, {drift.perplexity:.2f} "
+            f"merged, {untrained.perplexity:.2f} without adapter."
+        )
     # in 16 bits that is seen only of an adapter that does next to nothing
     if format == "nf4" and drift.kl > untrained.kl * _LOST > 0:
         console.print(
