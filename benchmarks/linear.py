@@ -226,6 +226,14 @@ def _peft_lora(problem: LinearProblem, mode: str, dropout: float) -> Call:
     return _training(layer, problem, mode, set_adapter(layer, problem))
 
 
+def _patched_lora(problem: LinearProblem, mode: str, dropout: float) -> Call:
+    from fastlora import patch_peft
+
+    (layer,) = peft_layers([problem], dropout, torch.float32)
+    patch_peft(nn.Sequential(layer))
+    return _training(layer, problem, mode, set_adapter(layer, problem))
+
+
 def _check(problem: LinearProblem, mode: str, provider: Provider, call: Call) -> list[Deviation]:
     """Compare all results to fp64; under dropout to what the layer's own mask gives."""
     lora = provider.variant.startswith("lora")
@@ -290,6 +298,7 @@ LINEAR = Benchmark(
         *_lora_variants("fastlora", _fastlora_lora),
         Provider("bitsandbytes", _bitsandbytes, packages=("bitsandbytes",)),
         *_lora_variants("peft+bitsandbytes", _peft_lora, ("peft", "bitsandbytes")),
+        *_lora_variants("peft, patched", _patched_lora, ("peft", "bitsandbytes")),
     ),
     check=_check,
     work=_work,
