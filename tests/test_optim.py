@@ -272,6 +272,9 @@ def test_names_people_type():
         ({"weight_decay": -1}, "weight_decay must be 0 or more, got -1"),
         ({"state_bits": 16}, "state_bits must be 8 or 32, got 16"),
         ({"page_budget": 1 << 20}, "paged must be True where pages are set up, got page_budget"),
+        ({"paged": True, "page_budget": "64MiB"}, "page_budget must be a number of bytes or"),
+        ({"paged": True, "page_budget": -5}, "page_budget must be a number of bytes or"),
+        ({"paged": True, "page_folder": "nowhere"}, "page_folder must be a folder, got 'nowhere'"),
         ({"keep_frames": True}, "paged must be True where pages are set up, got keep_frames"),
     ],
 )
@@ -322,6 +325,31 @@ def test_a_parameter_that_moved_is_named():
         ValueError, match=r"weight must stay torch.float32 on .*, got torch.float16"
     ):
         optimizer.step()
+
+
+def test_a_parameter_that_changed_its_size_is_named():
+    """Its moments would be those of others, and of memory behind the last one."""
+    params = make_params()
+    optimizer = optim.AdamW(params)
+    train(optimizer, range(1))
+    params[0].data = params[0].data[:2]
+    params[0].grad = torch.ones_like(params[0])
+    with pytest.raises(ValueError, match=r"0.0 must keep its 3072 elements, .* got 96"):
+        optimizer.step()
+
+
+def test_nothing_to_train_pages_too():
+    optimizer = optim.PagedAdamW([nn.Parameter(torch.empty(0, device=DEVICE))])
+    train(optimizer, range(2))
+    assert optimizer.memory().host_bytes == 0
+
+
+def test_kept_frames_are_counted():
+    params = make_params(shapes=[(100_000,)])
+    optimizer = optim.AdamW(params, paged=True, page_budget=2**18, keep_frames=True)
+    train(optimizer, range(1))
+    (stats,) = optimizer.page_stats()
+    assert optimizer.memory().device_bytes == stats.frames * stats.page_bytes > 0
 
 
 def test_a_budget_below_two_of_the_smallest_pages():

@@ -175,20 +175,85 @@ def test_hooks_are_called():
     assert called == ["save", "load", "loaded"]
 
 
-def test_parameters_that_are_added_later_begin_anew():
+@pytest.mark.parametrize("cls", VARIANTS)
+def test_parameters_that_are_added_later_begin_anew(cls):
     some = named()
-    optimizer = optim.AdamW8bit(some[:3], lr=1e-2)
+    optimizer = make(cls, some[:3])
     train(optimizer, range(2))
-    before = moments_of(optimizer)
+    (before,) = optimizer.state_dict()["state"]["runs"]
     optimizer.add_param_group({"params": some[3:], "lr": 1e-3})
-    optimizer.zero_grad()
-    assert equal(moments_of(optimizer), before)
+    for _, p in some:
+        p.grad = None
+    some[3][1].grad = torch.zeros_like(some[3][1])
+    optimizer.step()
+    (after,) = optimizer.state_dict()["state"]["runs"]
+    assert after["steps"] == [2, 2, 2, 1, 0, 0]
+    n = sum(p.numel() for _, p in some[:3]) // 256 * 256  # whole blocks of those before
+    assert torch.equal(after["exp_avg"][:n], before["exp_avg"][:n])
     train(optimizer, range(2, 4))
-    runs = optimizer.state_dict()["state"]["runs"]
-    assert [run["steps"] for run in runs] == [[4] * 3, [2] * 3]
-    loaded = optim.AdamW8bit([{"params": named()[:3]}, {"params": named()[3:]}], lr=1e-2)
-    loaded.load_state_dict(optimizer.state_dict())
-    assert [*_decoded(loaded)[0].shape] == [sum(p.numel() for _, p in some)]
+    assert len(optimizer.page_stats()) <= 1  # one budget
+
+    others = named()
+    for (_, p), (_, q) in zip(others, some, strict=True):
+        p.data.copy_(q)
+    resumed = make(cls, [{"params": others[:3]}, {"params": others[3:]}])
+    resumed.load_state_dict(through_file(optimizer.state_dict()))
+    for o in (optimizer, resumed):
+        train(o, range(4, 6))
+    assert equal(values(others), values(some))
+
+
+def test_frozen_parameters_have_no_moments_until_they_are_trained():
+    some = named()
+    frozen = nn.Parameter(torch.zeros(9, dtype=torch.uint8), requires_grad=False)
+    some[0][1].requires_grad_(False)
+    optimizer = optim.AdamW([*some, ("codes", frozen)])
+    for _, p in some[1:]:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert optimizer.memory().parameters == sum(p.numel() for _, p in some[1:])
+    loaded = optim.AdamW([*named(), ("codes", frozen)])
+    with pytest.raises(ValueError, match=r"without state: layer.0.weight"):
+        loaded.load_state_dict(optimizer.state_dict())
+    some[0][1].requires_grad_(True)
+    train_one = torch.ones_like(some[0][1])
+    some[0][1].grad = train_one
+    optimizer.step()
+    (run,) = optimizer.state_dict()["state"]["runs"]
+    assert run["steps"] == [1, 2, 2, 2, 2, 2]
+
+
+def test_names_that_are_there_twice_are_refused():
+    first, second = named()[:1], named()[:1]
+    with pytest.raises(ValueError, match=r"names .* must differ, got layer.0.weight twice"):
+        optim.AdamW([{"params": first}, {"params": second}])
+
+
+def test_parameters_that_left_their_group_stay():
+    some = named()
+    optimizer = optim.AdamW(some)
+    train(optimizer, range(2))
+    left = optimizer.param_groups[0]["params"].pop()
+    optimizer.param_groups[0]["param_names"].pop()
+    before = left.detach().clone()
+    train(optimizer, range(2, 3))
+    left.grad = torch.ones_like(left)
+    optimizer.step()
+    assert torch.equal(left, before)
+
+
+def test_loaded_options_are_copies_and_checked():
+    first, second = optim.AdamW(named(), lr=torch.tensor(0.1)), optim.AdamW(named())
+    second.load_state_dict(first.state_dict())
+    first.param_groups[0]["lr"].fill_(5)
+    assert second.param_groups[0]["lr"].item() == pytest.approx(0.1)
+    saved = first.state_dict()
+    saved["param_groups"][0]["lr"] = -1
+    with pytest.raises(ValueError, match="lr must be 0 or more, got -1"):
+        second.load_state_dict(saved)
+    adam = torch.optim.Adam([p for _, p in named()], weight_decay=0.1)
+    with pytest.raises(ValueError, match="weight decay must be decoupled"):
+        second.load_state_dict(adam.state_dict())
 
 
 # --- what others saved -----------------------------------------------------------------------
@@ -292,8 +357,18 @@ def test_wrong_groups_and_widths():
 def test_a_damaged_state_is_refused():
     saved = saved_by()
     saved["state"]["runs"][0]["exp_avg"] = saved["state"]["runs"][0]["exp_avg"][:-1]
-    with pytest.raises(ValueError, match="moments must be those of"):
+    with pytest.raises(
+        ValueError, match=r"moments of layer.0.weight, .* must be those of 33430 elements"
+    ):
         optim.AdamW(named()).load_state_dict(saved)
+    wrong = {"step": 1, "state1": torch.zeros(64, 48, dtype=torch.uint8)}
+    wrong["state2"] = wrong["state1"]
+    saved["state"] = {0: wrong}
+    with pytest.raises(ValueError, match=r"state of layer.0.weight must hold absmax1 and absmax2"):
+        optim.AdamW8bit(named()).load_state_dict(saved)
+    wrong |= {"absmax1": torch.ones(1), "absmax2": torch.ones(1)}
+    with pytest.raises(ValueError, match=r"moments of layer.0.weight must be those of 3072"):
+        optim.AdamW8bit(named()).load_state_dict(saved)
     saved = saved_by()
     saved["state"]["version"] = 9
     with pytest.raises(ValueError, match="version must be 1, got 9"):

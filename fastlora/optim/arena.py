@@ -107,7 +107,9 @@ def _mapped(sizes: Sequence[int], folder: Path | None) -> list[Tensor]:
     if total == 0:
         return [torch.zeros(0, dtype=torch.uint8) for _ in sizes]
     if folder is None:
-        mapping = mmap.mmap(-1, total)
+        # where there are forks, a child must not write into its parent's
+        own = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {}
+        mapping = mmap.mmap(-1, total, **own)
     else:
         # a full disk would end the process at the first page that finds no room
         if (free := shutil.disk_usage(folder).free) < total:

@@ -1,6 +1,5 @@
 """From parameter groups to what backends take: runs of parameters, and steps of them."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,20 +27,37 @@ def check_group(group: Mapping[str, Any]) -> None:
     for name in ("eps", "weight_decay"):
         if not group[name] >= 0:
             raise ValueError(f"{name} must be 0 or more, got {group[name]}")
-    for p in group["params"]:
-        # of a DTensor, whose import takes a second
-        if hasattr(p, "device_mesh"):
-            raise ValueError(
-                "parameters must be whole, got a DTensor (fully_shard is not supported)"
-            )
-        if p.dtype not in FLOATS:
-            raise ValueError(f"parameters must be fp32, fp16 or bf16, got {p.dtype}")
+    for p in filter(is_trained, group["params"]):
+        _check_parameter(p)
 
 
-def _is_sharded(p: Tensor) -> bool:
-    # where there is a DTensor, its module was imported, which takes seconds
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(p, module.DTensor)
+def check_saved(group: Mapping[str, Any]) -> None:
+    """Check the options of a group that another optimizer may have saved.
+
+    Args:
+        group: as in `Optimizer.param_groups`.
+
+    Raises:
+        ValueError: an option is out of range, or of another method than AdamW.
+    """
+    if group.get("amsgrad"):
+        raise ValueError("amsgrad must be off, AdamW here keeps no largest second moment")
+    if not group.get("decoupled_weight_decay", True):
+        raise ValueError("weight decay must be decoupled as AdamW's, got the state of Adam")
+    check_group(group)
+
+
+def is_trained(p: nn.Parameter) -> bool:
+    """Whether a parameter needs moments; frozen ones, such as 4-bit weights, do not."""
+    return p.requires_grad or p.grad is not None
+
+
+def _check_parameter(p: nn.Parameter) -> None:
+    # of a DTensor, whose import takes a second
+    if hasattr(p, "device_mesh"):
+        raise ValueError("parameters must be whole, got a DTensor (fully_shard is not supported)")
+    if p.dtype not in FLOATS:
+        raise ValueError(f"parameters must be fp32, fp16 or bf16, got {p.dtype}")
 
 
 def runs_of(named: Mapping[str, nn.Parameter]) -> dict[torch.device, list[Run]]:
@@ -52,9 +68,13 @@ def runs_of(named: Mapping[str, nn.Parameter]) -> dict[torch.device, list[Run]]:
 
     Returns:
         device -> runs.
+
+    Raises:
+        ValueError: a parameter cannot be trained here.
     """
     alike: dict[tuple[torch.device, torch.dtype], list[str]] = {}
     for name, p in named.items():
+        _check_parameter(p)
         alike.setdefault((p.device, p.dtype), []).append(name)
     found: dict[torch.device, list[Run]] = {}
     for (device, dtype), names in alike.items():
@@ -90,16 +110,16 @@ class Collector:
         Raises:
             ValueError: a gradient is sparse, or does not fit its parameter.
         """
-        params, grads = run.params, [p.grad for p in run.params]
-        for name, p, grad in zip(run.names, params, grads, strict=True):
-            _check(name, p, grad, run)
+        params, groups = run.params, self.group_of
+        # what left the groups is not trained any more
+        grads = [p.grad if id(p) in groups else None for p in params]
+        for name, p, grad, size in zip(run.names, params, grads, run.flat.sizes, strict=True):
+            _check(name, p, grad, size, run)
         if not all(p.is_contiguous() for p in params):
             params = [p.contiguous() for p in params]
         if not all(grad is None or grad.is_contiguous() for grad in grads):
             grads = [grad if grad is None else grad.contiguous() for grad in grads]
-        kinds = [
-            (self.group_of[id(p)], count) for p, count in zip(run.params, run.steps, strict=True)
-        ]
+        kinds = [(groups.get(id(p), 0), n) for p, n in zip(run.params, run.steps, strict=True)]
         rows = {kind: row for row, kind in enumerate(dict.fromkeys(kinds))}
         hypers = torch.tensor([self._hypers(*kind) for kind in rows], dtype=torch.float32)
         return Step(run.flat, params, grads, [rows[kind] for kind in kinds], hypers)
@@ -110,14 +130,21 @@ class Collector:
         return adamw_hypers(lr, g["betas"], g["eps"], weight_decay, g["maximize"], count + 1)
 
 
-def _check(name: str, p: nn.Parameter, grad: Tensor | None, run: Run) -> None:
+def _check(name: str, p: nn.Parameter, grad: Tensor | None, size: int, run: Run) -> None:
     """Raise where something does not fit. The numbers of devices are compared, which is fast."""
     dtype, index = run.dtype, run.index
     if p.dtype is not dtype or p.get_device() != index:
         kept, now = f"{dtype} on {run.device}", f"{p.dtype} on {p.device}"
         raise ValueError(f"{name} must stay {kept}, where its moments are, got {now}")
+    if p.numel() != size:
+        raise ValueError(
+            f"{name} must keep its {size} elements, which have moments, got {p.numel()}"
+        )
     if grad is None:
         return
+    if grad.shape != p.shape:
+        shapes = f"{[*p.shape]}, got {[*grad.shape]}"
+        raise ValueError(f"the gradient of {name} must be of the parameter's shape {shapes}")
     if grad.layout is not torch.strided:
         raise ValueError(f"gradients must be dense, got that of {name} in {grad.layout}")
     if grad.dtype is not dtype or grad.get_device() != index:

@@ -1,5 +1,6 @@
 """AdamW for adapters: all parameters in one launch, moments in 32 or 8 bits, resident or paged."""
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,14 @@ from torch import Tensor, nn
 
 from fastlora.optim import state
 from fastlora.optim.budget import MemoryBudgetError
-from fastlora.optim.collect import Collector, check_group, copy_back, runs_of
+from fastlora.optim.collect import (
+    Collector,
+    check_group,
+    check_saved,
+    copy_back,
+    is_trained,
+    runs_of,
+)
 from fastlora.optim.flat import StateBits, nbytes
 from fastlora.optim.pool import PoolStats
 from fastlora.optim.run import DeviceState
@@ -23,7 +31,7 @@ class StateMemory:
 
     Attributes:
         parameters: elements that have moments.
-        device_bytes: on the devices of the parameters between two steps.
+        device_bytes: on the devices of the parameters between two steps, with frames that are kept.
         host_bytes: in pages.
     """
 
@@ -112,11 +120,13 @@ class AdamW(torch.optim.Optimizer):
             param_group: "params", and options that differ from the defaults.
 
         Raises:
-            ValueError: an option is out of range, or a parameter has another dtype.
+            ValueError: an option is out of range, a parameter has another dtype, or its name is
+                that of another.
         """
         super().add_param_group(param_group)
         try:
             check_group(self.param_groups[-1])
+            self._check_names()
         except ValueError:
             self.param_groups.pop()
             raise
@@ -134,7 +144,9 @@ class AdamW(torch.optim.Optimizer):
         Raises:
             ValueError: a gradient is sparse, of another dtype or on another device than its
                 parameter; nothing was changed.
-            MemoryBudgetError: a device has no room for two pages; nothing was changed.
+            MemoryBudgetError: a device has no room for two pages; nothing was changed. After
+                another error in the middle of it, such as one of the device, a step may have been
+                made by half.
         """
         loss = None
         if closure is not None:
@@ -160,7 +172,8 @@ class AdamW(torch.optim.Optimizer):
         for numel, device_state in runs:
             paged = isinstance(device_state.store, Paged)
             found[paged] += nbytes(numel, self.state_bits)
-        return StateMemory(sum(numel for numel, _ in runs), found[False], found[True])
+        held = sum(s.store.pool.held_bytes for s in self._states if isinstance(s.store, Paged))
+        return StateMemory(sum(numel for numel, _ in runs), found[False] + held, found[True])
 
     def page_stats(self) -> list[PoolStats]:
         """What paging did so far on each device; empty without paging and before the first step."""
@@ -209,22 +222,23 @@ class AdamW(torch.optim.Optimizer):
         sizes, theirs = ([len(g["params"]) for g in some] for some in (self.param_groups, groups))
         if sizes != theirs:
             raise ValueError(f"groups must have {sizes} parameters, got {theirs}")
-        if any(group.get("amsgrad") for group in groups):
-            raise ValueError(
-                "amsgrad must be off, this AdamW has no largest second moment to go on with"
-            )
+        for group, saved in zip(self.param_groups, groups, strict=True):
+            check_saved({**group, **saved, "params": []})
         named = dict(self.named_params())
         runs = state.parse(state_dict["state"], [*named], self.state_bits)
         if runs:
+            shapes = {name: p.shape for name, p in named.items()}
+            # others write nothing of parameters that never had a gradient
             ours = "version" in state_dict["state"]
-            state.check(runs, {name: p.shape for name, p in named.items()}, complete=ours)
+            needed = [name for name, p in named.items() if is_trained(p)] if ours else []
+            state.check(runs, shapes, needed)
             self._make_states()
             state.restore(runs, self._states)
         else:
             self._states = []
         for group, saved in zip(self.param_groups, groups, strict=True):
             own = {key: group[key] for key in ("params", "param_names") if key in group}
-            group.update({**saved, **own})
+            group.update({**copy.deepcopy(saved), **own})
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
@@ -248,19 +262,31 @@ class AdamW(torch.optim.Optimizer):
         found, first = [], 0
         for group in self.param_groups:
             places = range(first, first + len(group["params"]))
-            found.append({**group, "params": [*places]})
+            options = {key: value for key, value in group.items() if key != "params"}
+            found.append({**copy.deepcopy(options), "params": [*places]})
             first = places.stop
         return found
 
+    def _check_names(self) -> None:
+        names = [name for name, _ in self.named_params()]
+        if len(names) > len(set(names)):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"names of parameters must differ, got {twice} twice")
+
     def _make_states(self) -> None:
-        """Moments that are zero for parameters that have none yet."""
+        """Moments for all parameters that are trained: zero for those that had none."""
         have = {id(p) for s in self._states for run in s.runs for p in run.params}
-        if all(id(p) in have for group in self.param_groups for p in group["params"]):
+        wanted = {name: p for name, p in self.named_params() if is_trained(p) or id(p) in have}
+        if all(id(p) in have for p in wanted.values()):
             return
-        new = {name: p for name, p in self.named_params() if id(p) not in have}
-        for device, runs in runs_of(new).items():
+        saved = state.snapshot(self._states, self.state_bits)
+        for device_state in self._states:
+            device_state.store.close()
+        self._states = []
+        for device, runs in runs_of(wanted).items():
             store = make_store([r.flat.numel for r in runs], self.state_bits, device, self._paging)
             self._states.append(DeviceState(device, runs, store))
+        state.restore(saved, self._states)
 
 
 def _open(states: Sequence[DeviceState]) -> None:
@@ -283,6 +309,10 @@ def _paging(
         raise ValueError(f"paged must be True where pages are set up, got {', '.join(names)}")
     if not paged:
         return None
+    if budget not in (None, "auto") and (not isinstance(budget, int) or budget < 1):
+        raise ValueError(f'page_budget must be a number of bytes or "auto", got {budget!r}')
+    if folder is not None and not Path(folder).is_dir():
+        raise ValueError(f"page_folder must be a folder, got {str(folder)!r}")
     return Paging(
         "auto" if budget is None else budget, None if folder is None else Path(folder), keep
     )
@@ -301,8 +331,8 @@ def to_bitsandbytes(optimizer: AdamW) -> dict[str, Any]:
     """
     runs = state.snapshot(optimizer._states, optimizer.state_bits)
     names = [name for name, _ in optimizer.named_params()]
-    groups = optimizer.state_dict()["param_groups"]
-    return {"state": state.bitsandbytes_state(runs, names), "param_groups": groups}
+    found = state.bitsandbytes_state(runs, names)
+    return {"state": found, "param_groups": optimizer._options()}
 
 
 class AdamW8bit(AdamW):

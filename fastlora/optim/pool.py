@@ -210,6 +210,11 @@ class PagePool:
         finally:
             self._drop()
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the device that frames take now."""
+        return (len(self._empty) + len(self._loaded)) * self._stats.page_bytes
+
     def stats(self) -> PoolStats:
         """What the pool is and did so far; waits for a device that measures times."""
         return replace(self._stats, times=self._device.times())

@@ -143,17 +143,23 @@ def parse(state: Mapping[Any, Any], names: Sequence[str], bits: StateBits) -> li
 
 def _parse(run: Mapping[str, Any]) -> Saved:
     tensors = [run[key].cpu() for key in _KEYS if key in run]
-    saved = Saved(run["names"], run["shapes"], run["steps"], Moments(*tensors))
-    numel = saved.flat.numel
+    return _sized(Saved(run["names"], run["shapes"], run["steps"], Moments(*tensors)))
+
+
+def _sized(saved: Saved) -> Saved:
+    """The same run, if its tensors are as large as its parameters."""
+    numel, tensors = saved.flat.numel, saved.moments.tensors()
     expected = [t.shape for t in _empty(numel, saved.bits).tensors()]
     if [t.shape for t in tensors] != expected or len(saved.steps) != len(saved.names):
-        sizes = [[*t.shape] for t in tensors]
-        raise ValueError(f"moments must be those of {numel} elements, got tensors of {sizes}")
+        sizes, some = [[*t.shape] for t in tensors], _some(saved.names)
+        raise ValueError(
+            f"moments of {some} must be those of {numel} elements, got tensors of {sizes}"
+        )
     return saved
 
 
 def _parse_one(names: Sequence[str], place: Any, its: Mapping[str, Any]) -> Saved:
-    if not isinstance(place, int) or place >= len(names):
+    if not isinstance(place, int) or not 0 <= place < len(names):
         raise ValueError(f"parameters must be 0 to {len(names) - 1}, got state of {place!r}")
     its = {**its, **its.get(_WRAPPED, {})}
     keys = next((keys for keys in _MOMENTS if keys[0] in its and keys[1] in its), None)
@@ -161,28 +167,34 @@ def _parse_one(names: Sequence[str], place: Any, its: Mapping[str, Any]) -> Save
         kinds = " or ".join(" and ".join(keys) for keys in _MOMENTS)
         raise ValueError(f"state of {names[place]} must hold {kinds}, got {[*its]}")
     m, v = (its[key].cpu() for key in keys)
-    scales = [its[key].cpu().float() for key in ("absmax1", "absmax2")] if _is_8_bit(m) else []
+    wanted = ("absmax1", "absmax2") if _is_8_bit(m) else ()
+    if any(key not in its for key in wanted):
+        raise ValueError(f"state of {names[place]} must hold {' and '.join(wanted)}, got {[*its]}")
+    scales = [its[key].cpu().float() for key in wanted]
     flat = [t.reshape(-1) if _is_8_bit(t) else t.reshape(-1).float() for t in (m, v)]
-    return Saved([names[place]], [[*m.shape]], [int(its["step"])], Moments(*flat, *scales))
+    run = Saved([names[place]], [[*m.shape]], [int(its["step"])], Moments(*flat, *scales))
+    return _sized(run)
 
 
 def _is_8_bit(t: Tensor) -> bool:
     return t.dtype == torch.uint8
 
 
-def check(runs: Sequence[Saved], shapes: Mapping[str, Sequence[int]], complete: bool) -> None:
+def check(
+    runs: Sequence[Saved], shapes: Mapping[str, Sequence[int]], needed: Sequence[str]
+) -> None:
     """Compare what was saved with what is there.
 
     Args:
         runs: from `parse`.
         shapes: of the optimizer's parameters by name.
-        complete: whether every parameter must have been saved.
+        needed: names of those that must have been saved.
 
     Raises:
         ValueError: a parameter is missing, unknown or of another shape.
     """
     saved = {name: [*s] for run in runs for name, s in zip(run.names, run.shapes, strict=True)}
-    missing = [name for name in shapes if name not in saved] if complete else []
+    missing = [name for name in needed if name not in saved]
     unknown = [name for name in saved if name not in shapes]
     if missing or unknown:
         parts = {"without state": missing, "not in this optimizer": unknown}
@@ -213,21 +225,37 @@ def restore(runs: Sequence[Saved], states: Sequence[DeviceState]) -> None:
             for span in spans:
                 if span.run == number:
                     span.moments.copy_(whole.part(span.first, span.first + span.moments.numel))
-            run.steps = [_steps(where, name) for name in run.names]
+            named = zip(run.names, run.flat.sizes, strict=True)
+            run.steps = [_steps(where, name, size) for name, size in named]
         state.store.wrote()
 
 
-def _steps(where: Where, name: str) -> int:
+def _steps(where: Where, name: str, size: int) -> int:
     run, i = where.get(name, (None, 0))
-    return 0 if run is None else run.steps[i]
+    return 0 if run is None or run.flat.sizes[i] != size else run.steps[i]
 
 
 def _assemble(run: Run, where: Where, bits: StateBits) -> Moments:
     """Moments of a run out of those of its parameters."""
     first, _ = where.get(run.names[0], (None, 0))
-    if first is not None and [*first.names] == run.names and first.bits == bits:
-        return first.moments
+    if first is not None and first.bits == bits and first.flat.sizes == _sizes(run, first):
+        old, new = [*first.names], run.names[len(first.names) :]
+        if run.names[: len(old)] == old and not any(name in where for name in new):
+            return _longer(first.moments, run.flat.numel, bits)
     return _gather(run.names, run.flat.sizes, where, bits)
+
+
+def _sizes(run: Run, first: Saved) -> tuple[int, ...]:
+    return run.flat.sizes[: len(first.names)]
+
+
+def _longer(some: Moments, numel: int, bits: StateBits) -> Moments:
+    """Moments as they are, and zeros after them."""
+    whole = _empty(numel, bits)
+    if bits == 8:
+        encode(_empty(numel, 32), whole)  # the code of zero is not 0
+    whole.part(0, some.numel).copy_(some)
+    return whole
 
 
 def _gather(names: Sequence[str], sizes: Sequence[int], where: Where, bits: StateBits) -> Moments:
@@ -239,6 +267,8 @@ def _gather(names: Sequence[str], sizes: Sequence[int], where: Where, bits: Stat
         if name not in where:
             continue
         saved, i = where[name]
+        if saved.flat.sizes[i] != size:
+            continue  # another parameter took the name
         begin = saved.flat.starts[i]
         whole.part(start, start + size).copy_(saved.full.part(begin, begin + size))
         if saved.bits == 8 and _alone(flat, start, size) and _alone(saved.flat, begin, size):

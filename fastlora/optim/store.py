@@ -175,7 +175,7 @@ def make_store(
     Raises:
         MemoryBudgetError: the budget holds fewer than two of the smallest pages.
     """
-    if paging is None:
+    if paging is None or not any(sizes):
         return Resident(sizes, bits, device)
     if device.type == "cuda" and unified(device):
         name = torch.cuda.get_device_name(device)

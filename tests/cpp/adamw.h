@@ -108,9 +108,17 @@ class AdamW {
     }
     const Values m_before(m_codes.begin(), m_codes.end()), v_before(v_codes.begin(), v_codes.end());
     const auto params = updated(&m, &v);
-    const Values m_scales = encode_blocks(m_tables, m, &m_codes);
-    const Values v_scales = encode_blocks(v_tables, v, &v_codes);
+    Values m_scales = encode_blocks(m_tables, m, &m_codes);
+    Values v_scales = encode_blocks(v_tables, v, &v_codes);
     for (int64_t i = 0; i < numel_; ++i) v_codes[i] = std::max<uint8_t>(v_codes[i], v[i] > 0);
+    for (int64_t block = 0; block < blocks; ++block) {
+      if (is_updated(block)) continue;
+      m_scales[block] = v_scales[block] = 0.5;
+      for (int64_t i = block * 256; i < std::min(numel_, (block + 1) * 256); ++i) {
+        m_codes[i] = static_cast<uint8_t>(m_before[i]);
+        v_codes[i] = static_cast<uint8_t>(v_before[i]);
+      }
+    }
     everywhere("adamw8 " + std::to_string(numel_), [&](int threads) {
       Output m_out("m", 1, numel_, 1), v_out("v", 1, numel_, 1);
       Output m_scale("m_scale", 1, blocks, 4), v_scale("v_scale", 1, blocks, 4);
@@ -136,6 +144,17 @@ class AdamW {
     std::vector<int64_t> starts = {0};
     for (int64_t size : sizes) starts.push_back(starts.back() + size);
     return starts;
+  }
+
+  // Whether a parameter with a gradient has elements in a block of the span.
+  bool is_updated(int64_t block) const {
+    const int64_t first = first_ + block * 256;
+    const int64_t last = std::min(first + 256, first_ + numel_);
+    for (size_t p = 0; p < params_.size(); ++p) {
+      const bool meets = starts_[p] < last && starts_[p + 1] > first;
+      if (pointers_[p] != nullptr && meets && starts_[p] < starts_[p + 1]) return true;
+    }
+    return false;
   }
 
   static Values encode_blocks(const CodeTables& tables,

