@@ -61,7 +61,8 @@ class AdamW(torch.optim.Optimizer):
       `model.named_parameters()`, or parameters are called by group and place, such as "0.3". What
       `torch.optim.AdamW` or bitsandbytes saved loads too.
 
-    Sparse and complex gradients and sharded parameters (DTensor) are errors.
+    Parameters that ask for no gradient take no memory. Sparse and complex gradients and sharded
+    parameters (DTensor) are errors.
 
     Source: Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2; Dettmers et al. 2022,
     arXiv:2110.02861 (8-bit moments).
