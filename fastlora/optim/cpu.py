@@ -63,7 +63,7 @@ def adamw(prepared: Prepared, first: int, moments: Moments) -> None:
     """
     arguments = (ctypes.byref(prepared.struct), first, moments.numel)
     pointers = [t.data_ptr() for t in moments.tensors()]
-    if moments.m_scale is None:
+    if moments.bits == 32:
         library().fastlora_adamw32(*arguments, *pointers, threads())
     else:
         codes = map(ctypes.byref, (_codes(True)[0], _codes(False)[0]))

@@ -133,6 +133,11 @@ class Moments:
         """Elements of the span."""
         return self.m.numel()
 
+    @property
+    def bits(self) -> StateBits:
+        """Of a moment."""
+        return 32 if self.m_scale is None else 8
+
     def tensors(self) -> tuple[Tensor, ...]:
         """m and v, and with 8 bits m_scale and v_scale."""
         return tuple(t for t in (self.m, self.v, self.m_scale, self.v_scale) if t is not None)

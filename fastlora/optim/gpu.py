@@ -66,7 +66,7 @@ def adamw(prepared: Prepared, first: int, moments: Moments) -> None:
     """
     if moments.numel == 0:
         return
-    if moments.m_scale is None:
+    if moments.bits == 32:
         kernels.adamw32(prepared.table, first, moments.m, moments.v)
     else:
         kernels.adamw8(prepared.table, first, moments.tensors(), maps(moments.m.device))

@@ -168,13 +168,17 @@ class AdamW(torch.optim.Optimizer):
 
     def memory(self) -> StateMemory:
         """How much memory the moments take; none before the first step."""
-        found = {True: 0, False: 0}
-        runs = [(run.flat.numel, s) for s in self._states for run in s.runs]
-        for numel, device_state in runs:
-            paged = isinstance(device_state.store, Paged)
-            found[paged] += nbytes(numel, self.state_bits)
-        held = sum(s.store.pool.held_bytes for s in self._states if isinstance(s.store, Paged))
-        return StateMemory(sum(numel for numel, _ in runs), found[False] + held, found[True])
+        numel = device = host = 0
+        for device_state in self._states:
+            sizes = [run.flat.numel for run in device_state.runs]
+            taken = sum(nbytes(size, self.state_bits) for size in sizes)
+            numel += sum(sizes)
+            if isinstance(device_state.store, Paged):
+                host += taken
+                device += device_state.store.pool.held_bytes
+            else:
+                device += taken
+        return StateMemory(numel, device, host)
 
     def page_stats(self) -> list[PoolStats]:
         """What paging did so far on each device; empty without paging and before the first step."""
@@ -236,7 +240,7 @@ class AdamW(torch.optim.Optimizer):
             self._make_states()
             state.restore(runs, self._states)
         else:
-            self._states = []
+            self._drop_states()
         for group, saved in zip(self.param_groups, groups, strict=True):
             own = {key: group[key] for key in ("params", "param_names") if key in group}
             group.update({**copy.deepcopy(saved), **own})
@@ -277,17 +281,21 @@ class AdamW(torch.optim.Optimizer):
     def _make_states(self) -> None:
         """Moments for all parameters that are trained: zero for those that had none."""
         have = {id(p) for s in self._states for run in s.runs for p in run.params}
-        wanted = {name: p for name, p in self.named_params() if is_trained(p) or id(p) in have}
-        if all(id(p) in have for p in wanted.values()):
+        some = (p for group in self.param_groups for p in group["params"])
+        if all(id(p) in have or not is_trained(p) for p in some):  # in nearly every step
             return
+        wanted = {name: p for name, p in self.named_params() if is_trained(p) or id(p) in have}
         saved = state.snapshot(self._states, self.state_bits)
-        for device_state in self._states:
-            device_state.store.close()
-        self._states = []
+        self._drop_states()
         for device, runs in runs_of(wanted).items():
             store = make_store([r.flat.numel for r in runs], self.state_bits, device, self._paging)
             self._states.append(DeviceState(device, runs, store))
         state.restore(saved, self._states)
+
+    def _drop_states(self) -> None:
+        for device_state in self._states:
+            device_state.store.close()
+        self._states = []
 
 
 def _open(states: Sequence[DeviceState]) -> None:

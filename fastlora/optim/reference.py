@@ -30,7 +30,7 @@ def adamw(step: Step, first: int, moments: Moments) -> None:
         moments: those of the span; overwritten.
     """
     last = first + moments.numel
-    full = decode(moments) if moments.m_scale is not None else moments
+    full = decode(moments) if moments.bits == 8 else moments
     updated = torch.zeros(moments.numel, dtype=torch.bool, device=moments.m.device)
     for i in step.flat.overlapping(first, last):
         if step.grads[i] is None:

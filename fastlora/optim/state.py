@@ -47,7 +47,7 @@ class Saved:
     @property
     def bits(self) -> StateBits:
         """Of a moment."""
-        return 32 if self.moments.m_scale is None else 8
+        return self.moments.bits
 
     @cached_property
     def flat(self) -> Flat:
@@ -149,7 +149,8 @@ def _parse(run: Mapping[str, Any]) -> Saved:
 def _sized(saved: Saved) -> Saved:
     """The same run, if its tensors are as large as its parameters."""
     numel, tensors = saved.flat.numel, saved.moments.tensors()
-    expected = [t.shape for t in _empty(numel, saved.bits).tensors()]
+    blocks = [-(-numel // BLOCK)] if saved.bits == 8 else []
+    expected = [(n,) for n in (numel, *blocks) for _ in range(2)]
     if [t.shape for t in tensors] != expected or len(saved.steps) != len(saved.names):
         sizes, some = [[*t.shape] for t in tensors], _some(saved.names)
         raise ValueError(
@@ -217,36 +218,41 @@ def restore(runs: Sequence[Saved], states: Sequence[DeviceState]) -> None:
         runs: from `parse`, checked.
         states: of the optimizer.
     """
-    where = {name: (run, i) for run in runs for i, name in enumerate(run.names)}
+    places = _places(runs)
     for state in states:
         spans = state.store.read()
         for number, run in enumerate(state.runs):
-            whole = _assemble(run, where, 8 if spans[0].moments.m_scale is not None else 32)
+            where = _known(run, places)
+            whole = _assemble(run, where, spans[0].moments.bits)
             for span in spans:
                 if span.run == number:
                     span.moments.copy_(whole.part(span.first, span.first + span.moments.numel))
-            named = zip(run.names, run.flat.sizes, strict=True)
-            run.steps = [_steps(where, name, size) for name, size in named]
+            for i, name in enumerate(run.names):
+                saved, place = where.get(name, (None, 0))
+                run.steps[i] = saved.steps[place] if saved else 0
         state.store.wrote()
 
 
-def _steps(where: Where, name: str, size: int) -> int:
-    run, i = where.get(name, (None, 0))
-    return 0 if run is None or run.flat.sizes[i] != size else run.steps[i]
+def _places(runs: Sequence[Saved]) -> Where:
+    return {name: (run, i) for run in runs for i, name in enumerate(run.names)}
+
+
+def _known(run: Run, places: Where) -> Where:
+    """Those of its parameters; one of another size has taken the name of another."""
+    named = zip(run.names, run.flat.sizes, strict=True)
+    found = {name: (places[name], size) for name, size in named if name in places}
+    return {n: (old, i) for n, ((old, i), size) in found.items() if old.flat.sizes[i] == size}
 
 
 def _assemble(run: Run, where: Where, bits: StateBits) -> Moments:
     """Moments of a run out of those of its parameters."""
     first, _ = where.get(run.names[0], (None, 0))
-    if first is not None and first.bits == bits and first.flat.sizes == _sizes(run, first):
-        old, new = [*first.names], run.names[len(first.names) :]
-        if run.names[: len(old)] == old and not any(name in where for name in new):
+    if first is not None and first.bits == bits:
+        n = len(first.names)
+        same = run.names[:n] == [*first.names] and run.flat.sizes[:n] == first.flat.sizes
+        if same and not any(name in where for name in run.names[n:]):
             return _longer(first.moments, run.flat.numel, bits)
     return _gather(run.names, run.flat.sizes, where, bits)
-
-
-def _sizes(run: Run, first: Saved) -> tuple[int, ...]:
-    return run.flat.sizes[: len(first.names)]
 
 
 def _longer(some: Moments, numel: int, bits: StateBits) -> Moments:
@@ -267,8 +273,6 @@ def _gather(names: Sequence[str], sizes: Sequence[int], where: Where, bits: Stat
         if name not in where:
             continue
         saved, i = where[name]
-        if saved.flat.sizes[i] != size:
-            continue  # another parameter took the name
         begin = saved.flat.starts[i]
         whole.part(start, start + size).copy_(saved.full.part(begin, begin + size))
         if saved.bits == 8 and _alone(flat, start, size) and _alone(saved.flat, begin, size):
@@ -300,7 +304,7 @@ def bitsandbytes_state(runs: Sequence[Saved], names: Sequence[str]) -> dict[int,
     Returns:
         place -> step, state1, state2, and with 8 bits absmax1, absmax2, qmap1, qmap2.
     """
-    where = {name: (run, i) for run in runs for i, name in enumerate(run.names)}
+    where = _places(runs)
     found = {}
     for place, name in enumerate(names):
         if name not in where:
