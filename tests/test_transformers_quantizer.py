@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_models import SIZES, bert, gpt2, llama
 from torch import nn
 
 import fastlora
@@ -37,24 +38,6 @@ from fastlora.integrations.transformers import (  # noqa: E402
     streaming,
     take_over_bitsandbytes,
 )
-
-SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 97}
-
-
-def llama(**settings):
-    config = {**SIZES, "intermediate_size": 128, "num_key_value_heads": 1, "attention_bias": True}
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**config | settings)).eval()
-
-
-def gpt2():
-    config = {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 16, "vocab_size": 97}
-    ids = {"bos_token_id": 1, "eos_token_id": 2}
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**config, **ids)).eval()
-
-
-def bert():
-    config = transformers.BertConfig(**SIZES, intermediate_size=128, num_labels=3)
-    return transformers.BertForSequenceClassification(config).eval()
 
 
 def t5():
