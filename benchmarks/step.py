@@ -6,6 +6,7 @@ so that all compute the same function. Adapters are fp32.
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
@@ -144,17 +145,17 @@ def _fastlora(problem: StepProblem, mode: str, chunked_loss: bool) -> TrainingSt
     return _step(problem, model, layers)
 
 
-def _peft(problem: StepProblem, mode: str) -> TrainingStep:
-    return _with_peft(problem, mode, problem.dense())
+def _peft(problem: StepProblem, mode: str, patched: bool) -> TrainingStep:
+    return _with_peft(problem, mode, problem.dense(), patched)
 
 
-def _peft_bitsandbytes(problem: StepProblem, mode: str) -> TrainingStep:
+def _peft_bitsandbytes(problem: StepProblem, mode: str, patched: bool) -> TrainingStep:
     model = copy.deepcopy(problem.model)
     for path in problem.adapters:
         model.set_submodule(path, _bitsandbytes(model.get_submodule(path)))
     # transformers says so of its models; without it PEFT takes its class for dense layers
     model.is_loaded_in_4bit = True
-    return _with_peft(problem, mode, model)
+    return _with_peft(problem, mode, model, patched)
 
 
 def _bitsandbytes(layer: nn.Linear) -> nn.Module:
@@ -167,11 +168,13 @@ def _bitsandbytes(layer: nn.Linear) -> nn.Module:
     return new.to(layer.weight.device)
 
 
-def _with_peft(problem: StepProblem, mode: str, model: nn.Module) -> TrainingStep:
+def _with_peft(problem: StepProblem, mode: str, model: nn.Module, patched: bool) -> TrainingStep:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(**_lora(problem, mode), target_modules="all-linear")
     model = get_peft_model(model, config)
+    if patched:
+        assert not fastlora.patch_peft(model).fallbacks
     layers = [model.base_model.model.get_submodule(path) for path in problem.adapters]
     return _step(problem, model, layers)
 
@@ -220,6 +223,17 @@ def _parts(call: TrainingStep) -> dict[str, float]:
 
 _PACKAGES = ("transformers", "peft")
 
+
+def _patched_or_not(
+    name: str, build: Callable[..., TrainingStep], variant: str, *packages: str
+) -> list[Provider]:
+    packages, patched = (*_PACKAGES, *packages), f"{variant} patched".strip()
+    return [
+        Provider(name, partial(build, patched=False), variant, packages),
+        Provider(name, partial(build, patched=True), patched, packages),
+    ]
+
+
 STEP = Benchmark(
     name="step",
     summary="a training step: forward, backward, AdamW; LoRA on all linear layers",
@@ -227,8 +241,8 @@ STEP = Benchmark(
     small={"tiny": {**_TINY, **_STEP, "length": 16, "R": 4}},
     problem=_problem,
     providers=(
-        Provider("peft+bitsandbytes", _peft_bitsandbytes, packages=(*_PACKAGES, "bitsandbytes")),
-        Provider("peft", _peft, "dense", _PACKAGES),
+        *_patched_or_not("peft+bitsandbytes", _peft_bitsandbytes, "", "bitsandbytes"),
+        *_patched_or_not("peft", _peft, "dense"),
         Provider(
             "fastlora", partial(_fastlora, chunked_loss=False), "full logits", ("transformers",)
         ),
