@@ -59,7 +59,7 @@ def dequantize(weights: "Sequence[NF4Weight]", dtype: torch.dtype) -> Sequence[T
         rows = sum(part.N for part in packed)
         k0.nf4_dequant(packed, K, blocksize, out[start : start + rows])
         start += rows
-    return out.split(Ns)
+    return out.split_with_sizes(Ns)
 
 
 def dequantize_augmented(
@@ -74,7 +74,7 @@ def dequantize_augmented(
     out = _beside(sum(Ns), K + R, dtype, weights[0].device)
     tail = k0.Tail(tuple(b.contiguous() for b in bs), tuple(scales))
     k0.nf4_dequant([_packed(q) for q in weights], K, weights[0].blocksize, out, tail)
-    return out.split(Ns)
+    return out.split_with_sizes(Ns)
 
 
 def lora_down(x: Tensor, a: Tensor, state: Tensor | None, p: float) -> Tensor:

@@ -105,13 +105,14 @@ def split(tensors: Sequence[T], facts: Sequence[int]) -> list[dict[str, T | list
     Returns:
         name -> value, one dict per member, in the order of the list.
     """
-    rest, parts = list(tensors), []
+    parts, i = [], 0
     for kind, _, _, _, _, has_bias, has_lora in _chunks(facts):
-        names = ["bias"] * bool(has_bias) + ["a", "b"] * bool(has_lora)
-        count = _TENSORS[kind]
-        named = zip(names, rest[count : count + len(names)], strict=True)
-        parts.append({"weight": rest[:count], **dict(named)})
-        rest = rest[count + len(names) :]
+        part = {"weight": [*tensors[i : i + _TENSORS[kind]]]}
+        i += _TENSORS[kind]
+        for name in ("bias",) * has_bias + ("a", "b") * has_lora:
+            part[name] = tensors[i]
+            i += 1
+        parts.append(part)
     return parts
 
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -144,20 +144,34 @@ def _apply(
 # --- what is computed, whoever asks ----------------------------------------------------------
 
 
+class _Way(NamedTuple):
+    """How a call is computed, forward and backward."""
+
+    impl: ModuleType
+    path: plan.Path
+
+
+def _choose(x: Tensor, members: Sequence[Member], p: float) -> _Way:
+    name = backend.name_for(x.device)
+    if name in plan.ONLY:  # a small layer on a CPU takes less time than its problem
+        return _Way(backend.load(name), plan.ONLY[name])
+    sizes = plan.problem(math.prod(x.shape[:-1]), members, p, x.element_size())
+    return _Way(backend.load(name), plan.choose(name, x.device, sizes))
+
+
 def _forward(
-    x: Tensor, members: Sequence[Member], state: Tensor | None, p: float
+    way: _Way, x: Tensor, members: Sequence[Member], state: Tensor | None, p: float
 ) -> tuple[list[Tensor], Tensor | None]:
     """y [..., N] of each member and s [M, R], None without LoRA."""
-    tokens = _rows(x)
     with backend.on(x.device):
-        impl, path = _choose(tokens, members, p)
-        ys, s = passes.forward(impl, path, tokens, members, state, p)
+        ys, s = passes.forward(*way, _rows(x), members, state, p)
     # no views, or an operation in place on an output would be an error
     unfold = torch.ops.aten._unsafe_view.default
     return [unfold(y, [*x.shape[:-1], y.shape[-1]]) for y in ys], s
 
 
 def _backward(
+    way: _Way | None,  # None: as the forward chose
     dys: Sequence[Tensor | None],
     x: Tensor | None,
     s: Tensor | None,
@@ -174,10 +188,8 @@ def _backward(
     dys = [None if dy is None else _rows(dy) for dy in dys]
     dy = next(dy for dy in dys if dy is not None)
     with backend.on(dy.device):
-        impl, path = _choose(dy, members, p)
         dx, grads = passes.backward(
-            impl,
-            path,
+            *(way or _choose(dy, members, p)),
             dys,
             None if x is None else _rows(x),
             s,
@@ -195,15 +207,6 @@ def _backward(
 
 
 _NAMES = ("bias", "a", "b")
-
-
-def _choose(tokens: Tensor, members: Sequence[Member], p: float) -> tuple[ModuleType, plan.Path]:
-    """The backend and the path of a call: the same in forward and backward."""
-    name = backend.name_for(tokens.device)
-    if name in plan.ONLY:  # a small layer on a CPU takes less time than its problem
-        return backend.load(name), plan.ONLY[name]
-    sizes = plan.problem(len(tokens), members, p, tokens.element_size())
-    return backend.load(name), plan.choose(name, tokens.device, sizes)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -243,7 +246,8 @@ class _Linear(torch.autograd.Function):
         p: float,
         *_: Tensor,  # flat.tensors, where autograd sees them
     ) -> tuple[Tensor, ...]:
-        ys, s = _forward(x, members, state, p)
+        ctx.way = _choose(x, members, p)
+        ys, s = _forward(ctx.way, x, members, state, p)
         _save(ctx, x, s, flat, state, p, _needed(ctx))
         return tuple(ys)
 
@@ -254,7 +258,8 @@ class _Linear(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         x, s, state, *tensors = ctx.saved_tensors
         flat = Flat(tensors, ctx.facts, ctx.scales)
-        dx, *grads = _backward(dys, x, s, flat, state, ctx.p, ctx.x_shape, _needed(ctx))
+        needs = _needed(ctx)
+        dx, *grads = _backward(ctx.way, dys, x, s, flat, state, ctx.p, ctx.x_shape, needs)
         return dx, None, None, None, None, *grads
 
 
@@ -277,7 +282,7 @@ def _linear_op(
     p: float,
 ) -> list[Tensor]:
     members = unflatten(Flat([*tensors], [*facts], [*scales]))
-    ys, s = _forward(x, members, state, p)
+    ys, s = _forward(_choose(x, members, p), x, members, state, p)
     return [*ys, x.new_empty(0, 0) if s is None else s]
 
 
@@ -313,7 +318,7 @@ def _linear_backward_op(
     given = dict(zip(used, dys, strict=True))
     flat = Flat([*tensors], [*facts], [*scales])
     all_dys = [given.get(i) for i in range(len(scales))]
-    grads = _backward(all_dys, x, s, flat, state, p, x_shape, needs)
+    grads = _backward(None, all_dys, x, s, flat, state, p, x_shape, needs)
     # an unused member has no gradient, but the graph was promised one
     wanted = [None, *tensors]
     grads = [

@@ -2,6 +2,7 @@
 
 import os
 from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,18 +26,49 @@ _MULTIPROCESSORS = {
     "sm_90": 132,
     "sm_100": 148,
     "gfx942": 304,
-    "interpret": 3,
 }
 
 
-def arch() -> str:
-    """Family of the current device, a key of `SHARED_BYTES`; what Triton compiles for decides."""
+class Chip(NamedTuple):
+    """What a launch is prepared for.
+
+    Attributes:
+        family: a key of `SHARED_BYTES`.
+        multiprocessors: how many programs run side by side, at least.
+        index: of the device; a compiled kernel is loaded into one.
+    """
+
+    family: str
+    multiprocessors: int
+    index: int | str = 0
+
+
+_INTERPRETER = Chip("interpret", 3)
+
+
+def chip() -> Chip:
+    """The current device; what Triton compiles for decides."""
     if INTERPRET:
-        return "interpret"
+        return _INTERPRETER
     from triton.runtime import driver
 
-    target = driver.active.get_current_target()
-    return family(target.backend, target.arch)
+    active = driver.active
+    return _chip(active, active.get_current_device())
+
+
+def arch() -> str:
+    """Family of the current device, a key of `SHARED_BYTES`."""
+    return chip().family
+
+
+@cache
+def _chip(active: Any, device: int | str) -> Chip:
+    target = active.get_current_target()
+    name = family(target.backend, target.arch)
+    if not torch.cuda.is_available():
+        return Chip(name, _MULTIPROCESSORS[name], device)
+    facts = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return Chip(name, facts.multi_processor_count, device)
 
 
 def family(backend: str, target: int | str) -> str:
@@ -67,15 +99,3 @@ def cdiv(a: int, b: int) -> int:
 def next_power_of_2(n: int) -> int:
     """The power of two at or above n, which is 1 or more."""
     return 1 << (n - 1).bit_length()
-
-
-def multiprocessors() -> int:
-    """How many programs the current device runs side by side, at least."""
-    if torch.cuda.is_available() and not INTERPRET:
-        return _multiprocessors(torch.cuda.current_device())
-    return _MULTIPROCESSORS[arch()]
-
-
-@cache
-def _multiprocessors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count

@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .common import arch, cdiv, multiprocessors, next_power_of_2
+from .common import Chip, cdiv, chip, next_power_of_2
 from .dropout import keep_mask, keep_scale
+from .launch import Launch, prepared
 
 
 def _config(
@@ -271,26 +272,51 @@ def _launch(x, w, s, up, bias, state, y, factor, threshold, backward, config) ->
     (M, K), N, R = x.shape, y.shape[1], s.shape[1]
     if y.numel() == 0:
         return
-    if config is None:
-        config = configs(arch(), R, x.element_size(), all(map(_aligned, (x, w, y))))[0]
+    aligned = all(map(_aligned, (x, w, y)))
+    strides = tuple(t.stride(0) for t in (x, w, s, up, y))
+    launch, blocks = _prepare(
+        chip(),
+        (M, N, K, R),
+        x.element_size(),
+        aligned,
+        float(factor),
+        threshold,
+        strides,
+        backward,
+        config,
+    )
+    if blocks is not None:
+        x, w, y = map(TensorDescriptor.from_tensor, (x, w, y), blocks)
+    launch(x, w, s, up, bias, state, y)
+
+
+@prepared
+def _prepare(
+    chip: Chip,
+    sizes: tuple[int, int, int, int],  # M, N, K, R
+    itemsize: int,
+    aligned: bool,
+    factor: float,
+    threshold: int,
+    strides: tuple[int, ...],  # of x, w, s, up and y
+    backward: bool,
+    config: triton.Config | None,
+) -> tuple[Launch, list[list[int]] | None]:
+    """The launch, and the blocks of x, w and y where it takes descriptors."""
+    M, N, K, R = sizes
+    config = config or configs(chip.family, R, itemsize, aligned)[0]
     meta = config.kwargs
     programs = cdiv(M, meta["BLOCK_M"]) * cdiv(N, meta["BLOCK_N"])
-    strides = [t.stride(0) for t in (x, w, s, up, y)]
+    blocks = None
     if meta["FORM"] == "tma":
         # eight warps with their tile fill a multiprocessor
-        programs = min(programs, multiprocessors() * 8 // config.num_warps)
+        programs = min(programs, chip.multiprocessors * 8 // config.num_warps)
         deep, wide = meta["BLOCK_K"], meta["BLOCK_N"]
-        x = TensorDescriptor.from_tensor(x, [meta["BLOCK_M"], deep])
-        w = TensorDescriptor.from_tensor(w, [deep, wide] if backward else [wide, deep])
-        y = TensorDescriptor.from_tensor(y, [meta["BLOCK_M"], wide // meta["PARTS"]])
-    _gemm_lora_kernel[(programs,)](
-        x,
-        w,
-        s,
-        up,
-        bias,
-        state,
-        y,
+        of_w = [deep, wide] if backward else [wide, deep]
+        blocks = [[meta["BLOCK_M"], deep], of_w, [meta["BLOCK_M"], wide // meta["PARTS"]]]
+    launch = Launch(
+        _gemm_lora_kernel,
+        (programs,),
         M,
         N,
         K,
@@ -303,6 +329,7 @@ def _launch(x, w, s, up, bias, state, y, factor, threshold, backward, config) ->
         enable_fp_fusion=True,
         **config.all_kwargs(),
     )
+    return launch, blocks
 
 
 def _aligned(matrix: torch.Tensor) -> bool:

@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import arch, cdiv, next_power_of_2
+from .common import Chip, cdiv, chip, next_power_of_2
 from .dropout import keep_mask, keep_scale
+from .launch import Launch, prepared
 from .reduce import Sum, reduce, split
 
 
@@ -208,33 +209,46 @@ def partial_da(
 ) -> Tensor:
     """First pass: fp32 parts [splits, R, K], or [splits, K, R] for order "kr"; none if M is 0."""
     (M, K), R = x.shape, ds.shape[1]
-    config = config or configs(arch(), R, x.element_size(), threshold > 0, dx is not None)[0]
+    shape = (R, K) if order == "rk" else (K, R)
+    if M == 0:
+        return x.new_empty(0, *shape, dtype=torch.float32)
+    strides = x.stride(0), ds.stride(0), None if dx is None else dx.stride(0)
+    launch = _prepare(chip(), M, K, R, x.element_size(), threshold, strides, order, config)
+    parts = x.new_empty(launch.grid[1], *shape, dtype=torch.float32)
+    launch(x, ds, a, state if threshold else None, dx, parts)
+    return parts
+
+
+@prepared
+def _prepare(
+    chip: Chip,
+    M: int,
+    K: int,
+    R: int,
+    itemsize: int,
+    threshold: int,
+    strides: tuple[int, int, int | None],  # of x, ds and dx
+    order: str,
+    config: triton.Config | None,
+) -> Launch:
+    *inputs, stride_dx = strides
+    config = config or configs(chip.family, R, itemsize, threshold > 0, stride_dx is not None)[0]
     block_m, block_k, block_r = (config.kwargs[f"BLOCK_{dim}"] for dim in "MKR")
     blocks = cdiv(K, block_k) * cdiv(R, block_r)
-    splits, steps = split(blocks, max(cdiv(M, block_m), 1), waves=2)
-    shape = (R, K) if order == "rk" else (K, R)
-    parts = x.new_empty(splits if M else 0, *shape, dtype=torch.float32)
-    strides = parts.stride()[1:] if order == "rk" else parts.stride()[:0:-1]
-    if M > 0:
-        _lora_bwd_da_kernel[(blocks, splits)](
-            x,
-            ds,
-            a,
-            state if threshold else None,
-            dx,
-            parts,
-            M,
-            K,
-            steps * block_m,
-            threshold,
-            keep_scale(threshold),
-            x.stride(0),
-            ds.stride(0),
-            0 if dx is None else dx.stride(0),
-            *strides,
-            R=R,
-            STAGES=config.num_stages,
-            enable_fp_fusion=True,
-            **config.all_kwargs(),
-        )
-    return parts
+    splits, steps = split(blocks, cdiv(M, block_m), 2, chip.multiprocessors)
+    return Launch(
+        _lora_bwd_da_kernel,
+        (blocks, splits),
+        M,
+        K,
+        steps * block_m,
+        threshold,
+        keep_scale(threshold),
+        *inputs,
+        stride_dx or 0,
+        *((K, 1) if order == "rk" else (1, R)),
+        R=R,
+        STAGES=config.num_stages,
+        enable_fp_fusion=True,
+        **config.all_kwargs(),
+    )

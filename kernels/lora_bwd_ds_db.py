@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import arch, cdiv, next_power_of_2
+from .common import Chip, cdiv, chip, next_power_of_2
+from .launch import Launch, prepared
 from .lora_bwd_da import partial_da
 from .lora_down import project
 from .reduce import Sum, reduce, split
@@ -144,34 +145,48 @@ def lora_bwd_ds_db(
         [N, R], fp32: scale * dy^T s.
     """
     (M, N), R = dy.shape, b.shape[1]
-    config = config or configs(arch(), R, dy.element_size())[0]
     db = dy.new_empty(N, R, dtype=torch.float32)
     if M == 0:
         return db.zero_()
-    if config.kwargs["FORM"] == "apart":
+    launch = _prepare(chip(), M, N, R, dy.element_size(), (dy.stride(0), s.stride(0)), config)
+    if launch is None:
         sums = project(dy, b.T, ds, scale)
         reduce([*sums, Sum(partial_da(dy, s, "kr"), db, scale)])
         return db
-    block_m, block_n = config.kwargs["BLOCK_M"], config.kwargs["BLOCK_N"]
-    blocks = cdiv(N, block_n)
-    splits, steps = split(blocks, cdiv(M, block_m), config.kwargs["WAVES"])
+    blocks, splits = launch.grid
     ds_parts = dy.new_empty(blocks, M, R, dtype=torch.float32)
     db_parts = dy.new_empty(splits, N, R, dtype=torch.float32)
-    _lora_bwd_ds_db_kernel[(blocks, splits)](
-        dy,
-        b,
-        s,
-        ds_parts,
-        db_parts,
+    launch(dy, b, s, ds_parts, db_parts)
+    reduce([Sum(ds_parts, ds, scale), Sum(db_parts, db, scale)])
+    return db
+
+
+@prepared
+def _prepare(
+    chip: Chip,
+    M: int,
+    N: int,
+    R: int,
+    itemsize: int,
+    strides: tuple[int, int],  # of dy and s
+    config: triton.Config | None,
+) -> Launch | None:
+    """None for two kernels of others, which is faster at high ranks."""
+    config = config or configs(chip.family, R, itemsize)[0]
+    if config.kwargs["FORM"] == "apart":
+        return None
+    block_m, block_n = config.kwargs["BLOCK_M"], config.kwargs["BLOCK_N"]
+    blocks = cdiv(N, block_n)
+    splits, steps = split(blocks, cdiv(M, block_m), config.kwargs["WAVES"], chip.multiprocessors)
+    return Launch(
+        _lora_bwd_ds_db_kernel,
+        (blocks, splits),
         M,
         N,
         steps * block_m,
-        dy.stride(0),
-        s.stride(0),
+        *strides,
         R=R,
         STAGES=config.num_stages,
         enable_fp_fusion=True,
         **config.all_kwargs(),
     )
-    reduce([Sum(ds_parts, ds, scale), Sum(db_parts, db, scale)])
-    return db

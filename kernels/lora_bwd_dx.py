@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import arch, cdiv, next_power_of_2
+from .common import Chip, cdiv, chip, next_power_of_2
 from .dropout import keep_mask, keep_scale
+from .launch import Launch, prepared
 
 
 @cache
@@ -110,19 +111,32 @@ def lora_bwd_dx(
     (M, K), R = dx.shape, a.shape[0]
     if M == 0:
         return
-    config = config or configs(arch(), R, dx.element_size(), threshold > 0)[0]
+    strides = dx.stride(0), ds.stride(0)
+    launch = _prepare(chip(), M, K, R, dx.element_size(), threshold, strides, config)
+    launch(dx, ds, a, state if threshold else None)
+
+
+@prepared
+def _prepare(
+    chip: Chip,
+    M: int,
+    K: int,
+    R: int,
+    itemsize: int,
+    threshold: int,
+    strides: tuple[int, int],  # of dx and ds
+    config: triton.Config | None,
+) -> Launch:
+    config = config or configs(chip.family, R, itemsize, threshold > 0)[0]
     blocks = cdiv(M, config.kwargs["BLOCK_M"]) * cdiv(K, config.kwargs["BLOCK_K"])
-    _lora_bwd_dx_kernel[(blocks,)](
-        dx,
-        ds,
-        a,
-        state if threshold else None,
+    return Launch(
+        _lora_bwd_dx_kernel,
+        (blocks,),
         M,
         K,
         threshold,
         keep_scale(threshold),
-        dx.stride(0),
-        ds.stride(0),
+        *strides,
         R=R,
         enable_fp_fusion=True,
         **config.all_kwargs(),

@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import arch, cdiv, next_power_of_2
+from .common import Chip, cdiv, chip, next_power_of_2
 from .dropout import keep_mask, keep_scale
+from .launch import Launch, prepared
 from .reduce import Sum, reduce, split
 
 
@@ -171,34 +172,51 @@ def project(
     (M, K), R = x.shape, a.shape[0]
     if M == 0:
         return []
-    config = config or configs(arch(), R, x.element_size(), threshold > 0)[0]
+    stride_aug = 0 if x_aug is None else x_aug.stride(0)
+    strides = x.stride(0), *a.stride(), out.stride(0), stride_aug
+    splits, launch = _prepare(
+        chip(), M, K, R, x.element_size(), threshold, float(scale), strides, config
+    )
+    parts = out if splits == 1 else x.new_empty(splits, M, R, dtype=torch.float32)
+    launch(x, a, state if threshold else None, parts, x_aug)
+    if splits == 1:
+        return []
+    sums = [Sum(parts, out, 1.0)]
+    return sums if x_aug is None else [*sums, Sum(parts, x_aug[:, K:], 1.0)]
+
+
+@prepared
+def _prepare(
+    chip: Chip,
+    M: int,
+    K: int,
+    R: int,
+    itemsize: int,
+    threshold: int,
+    scale: float,
+    strides: tuple[int, int, int, int, int],  # of x, a, a's columns, out and x_aug
+    config: triton.Config | None,
+) -> tuple[int, Launch]:
+    """Into how many parts K is split, and the launch."""
+    config = config or configs(chip.family, R, itemsize, threshold > 0)[0]
     block_m, block_k, block_r = (config.kwargs[f"BLOCK_{dim}"] for dim in "MKR")
     blocks = cdiv(M, block_m) * cdiv(R, block_r)
     # a second launch costs more than idle multiprocessors: at most one program each
-    splits, steps = split(blocks, cdiv(K, block_k), waves=1)
-    parts = out if splits == 1 else x.new_empty(splits, M, R, dtype=torch.float32)
-    _lora_down_kernel[(blocks, splits)](
-        x,
-        a,
-        state if threshold else None,
-        parts,
-        x_aug,
+    splits, steps = split(blocks, cdiv(K, block_k), 1, chip.multiprocessors)
+    *inputs, stride_out, stride_aug = strides
+    return splits, Launch(
+        _lora_down_kernel,
+        (blocks, splits),
         M,
         K,
         steps * block_k,
         threshold,
         scale,
-        x.stride(0),
-        a.stride(0),
-        a.stride(1),
-        parts.stride(-2),
-        0 if x_aug is None else x_aug.stride(0),
+        *inputs,
+        stride_out if splits == 1 else R,
+        stride_aug,
         R=R,
         SPLIT=splits > 1,
         enable_fp_fusion=True,
         **config.all_kwargs(),
     )
-    if splits == 1:
-        return []
-    sums = [Sum(parts, out, 1.0)]
-    return sums if x_aug is None else [*sums, Sum(parts, x_aug[:, K:], 1.0)]

@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import arch
+from .common import Chip, cdiv, chip
+from .launch import Launch, prepared
 from .nf4_tables import NF4_CODE
 
 MAX_WEIGHTS = 4  # a launch
@@ -265,49 +266,60 @@ def nf4_dequant(
             b[i - 1]; everything else right of column K becomes zero.
         config: one of `configs`.
     """
-    config = config or configs(arch())[0]
-    ld = out.stride(0)
     # words hold codes of one row only, and are aligned
     words = K % 8 == 0 and all(weight.qweight.data_ptr() % 4 == 0 for weight in weights)
-    # without them a weight takes more registers
-    tile = config.kwargs["TILE"] if words else min(config.kwargs["TILE"], 1024)
     b, scales = tail or ((), ())
     ranks = tuple(b_i.shape[1] for b_i in b)
     columns = tuple(accumulate(ranks, initial=0))
     T = out.shape[1] - K if tail else 0
-    block_t = 1 << max(T - 1, 0).bit_length()
-    rows_t = max(tile // block_t, 1)
     row = 0
-    # triton.cdiv would take microseconds on the host
     for part in _launches(weights):
         mine = tuple(weights[part])
-        sizes = [weight.N for weight in mine]
-        first_programs = tuple(accumulate((-(-N * K // tile) for N in sizes), initial=0))
-        first_rows = tuple(accumulate(sizes, initial=0))
-        tail_programs = -(-first_rows[-1] // rows_t) if b else 0
-        rows = out[row : row + first_rows[-1]]
-        row += first_rows[-1]
-        _nf4_dequant_kernel[(first_programs[-1] + tail_programs,)](
-            mine,
-            b[part],
-            _code_table(out.device),
-            rows.split(sizes),
-            scales[part],
-            first_programs,
-            first_rows,
-            WEIGHTS=len(mine),
-            K=K,
-            LD=ld,
-            BLOCKSIZE=blocksize,
-            G=min(blocksize, tile, K & -K if ld != K else tile) if words else 0,
-            RANKS=ranks[part],
-            COLUMNS=columns[part],
-            T=T,
-            BLOCK_T=block_t,
-            ROWS_T=rows_t,
-            enable_fp_fusion=False,
-            **config.all_kwargs() | {"TILE": tile},
-        )
+        sizes = tuple(weight.N for weight in mine)
+        shape = sizes, K, out.stride(0), blocksize
+        beside = scales[part], ranks[part], columns[part], T
+        launch = _prepare(chip(), shape, words, beside, config)
+        rows = out[row : row + sum(sizes)].split_with_sizes(sizes)
+        row += sum(sizes)
+        launch(mine, b[part], _code_table(out.device), rows)
+
+
+@prepared
+def _prepare(
+    chip: Chip,
+    shape: tuple[tuple[int, ...], int, int, int],  # rows of each weight, K, stride, block size
+    words: bool,
+    beside: tuple[tuple[float, ...], tuple[int, ...], tuple[int, ...], int],  # of the tail
+    config: triton.Config | None,
+) -> Launch:
+    (sizes, K, ld, blocksize), (scales, ranks, columns, T) = shape, beside
+    config = config or configs(chip.family)[0]
+    # without words a weight takes more registers
+    tile = config.kwargs["TILE"] if words else min(config.kwargs["TILE"], 1024)
+    block_t = 1 << max(T - 1, 0).bit_length()
+    rows_t = max(tile // block_t, 1)
+    first_programs = tuple(accumulate((cdiv(N * K, tile) for N in sizes), initial=0))
+    first_rows = tuple(accumulate(sizes, initial=0))
+    tail_programs = cdiv(first_rows[-1], rows_t) if ranks else 0
+    return Launch(
+        _nf4_dequant_kernel,
+        (first_programs[-1] + tail_programs,),
+        scales,
+        first_programs,
+        first_rows,
+        WEIGHTS=len(sizes),
+        K=K,
+        LD=ld,
+        BLOCKSIZE=blocksize,
+        G=min(blocksize, tile, K & -K if ld != K else tile) if words else 0,
+        RANKS=ranks,
+        COLUMNS=columns,
+        T=T,
+        BLOCK_T=block_t,
+        ROWS_T=rows_t,
+        enable_fp_fusion=False,
+        **config.all_kwargs() | {"TILE": tile},
+    )
 
 
 def _launches(weights: Sequence[Packed]) -> Iterator[slice]:

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import cdiv, multiprocessors, next_power_of_2
+from .common import Chip, cdiv, chip, next_power_of_2
+from .launch import Launch, prepared
 
 # elements of a result that a program adds up: four a thread
 BLOCK = 512
@@ -26,20 +27,19 @@ class Sum(NamedTuple):
     scale: float  # no unit
 
 
-def split(blocks: int, steps: int, waves: int, available: int | None = None) -> tuple[int, int]:
+def split(blocks: int, steps: int, waves: int, multiprocessors: int) -> tuple[int, int]:
     """Cut a loop into parts, so that a grid fills the device.
 
     Args:
         blocks: programs of the grid without the split.
         steps: turns of the loop, at least 1.
         waves: programs a multiprocessor should get, at most.
-        available: multiprocessors, None for those of the device.
+        multiprocessors: how many the device has.
 
     Returns:
         Number of parts, and turns of each; the last part may have fewer, but never none.
     """
-    available = multiprocessors() if available is None else available
-    parts = min(max(waves * available // max(blocks, 1), 1), max(steps, 1))
+    parts = min(max(waves * multiprocessors // max(blocks, 1), 1), max(steps, 1))
     turns = cdiv(steps, parts)
     return cdiv(steps, turns), turns
 
@@ -94,24 +94,35 @@ def reduce(sums: list[Sum]) -> None:
         return
     first, second = sums[0], sums[-1]
     cols = first.out.shape[1]
+    launch = _prepare(chip(), len(sums), cols, _numbers(first), _numbers(second))
+    launch(first.parts, second.parts, first.out, second.out)
+
+
+def _numbers(s: Sum) -> tuple[int, int, float, int]:
+    return s.parts.shape[0], s.out.shape[0], s.scale, s.out.stride(0)
+
+
+@prepared
+def _prepare(
+    chip: Chip,
+    sums: int,
+    cols: int,
+    first: tuple[int, int, float, int],
+    second: tuple[int, int, float, int],
+) -> Launch:
     block_cols = min(next_power_of_2(cols), BLOCK)
     block_rows = BLOCK // block_cols
-    blocks = [cdiv(s.out.shape[0], block_rows) * cdiv(cols, block_cols) for s in sums]
-    _reduce_kernel[(sum(blocks),)](
-        first.parts,
-        second.parts,
-        first.out,
-        second.out,
-        first.parts.shape[0],
-        second.parts.shape[0],
-        first.out.shape[0],
-        second.out.shape[0],
+    counts, rows, scales, strides = zip(first, second, strict=True)
+    blocks = [cdiv(n, block_rows) * cdiv(cols, block_cols) for n in rows]
+    return Launch(
+        _reduce_kernel,
+        (sum(blocks[:sums]),),
+        *counts,
+        *rows,
         cols,
         blocks[0],
-        first.scale,
-        second.scale,
-        first.out.stride(0),
-        second.out.stride(0),
+        *scales,
+        *strides,
         BLOCK_ROWS=block_rows,
         BLOCK_COLS=block_cols,
         num_warps=4,

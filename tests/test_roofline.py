@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastlora import passes, plan
 from fastlora.codebooks import dynamic_map
-from fastlora.kernels.common import INTERPRET
+from fastlora.kernels.common import INTERPRET, Chip
 from fastlora.member import Member
 from fastlora.nf4 import NF4Weight
 
@@ -161,10 +161,8 @@ def meta_members(p):
 @pytest.fixture
 def count(monkeypatch):
     """Launches and bytes of `passes` over the Triton backend, as on an H200."""
-    for kernel in (gpu.gemm, gpu.k0, gpu.k1, gpu.k5, gpu.k6, gpu.k7):
-        monkeypatch.setattr(kernel, "arch", lambda: H200.arch)
-    monkeypatch.setattr(reduce, "multiprocessors", lambda: H200.multiprocessors)
-    monkeypatch.setattr(gpu.gemm, "multiprocessors", lambda: H200.multiprocessors)
+    for kernel in (gpu.gemm, gpu.k0, gpu.k1, gpu.k5, gpu.k6, gpu.k7, reduce):
+        monkeypatch.setattr(kernel, "chip", lambda: Chip(H200.arch, H200.multiprocessors))
 
     def counted(p, way):
         members, drop = meta_members(p), 0.05 if p.dropout else 0.0

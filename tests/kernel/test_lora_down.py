@@ -96,7 +96,7 @@ def test_more_than_2_31_elements():
 @pytest.mark.parametrize("blocks", [1, 3, 1000])
 @pytest.mark.parametrize("waves", [1, 4])
 def test_split(blocks, steps, waves):
-    parts, turns = split(blocks, steps, waves)
+    parts, turns = split(blocks, steps, waves, 3)
     assert (parts - 1) * turns < steps <= parts * turns, "every step once, no empty part"
 
 
