@@ -22,19 +22,17 @@ class Launch:
 
     Which compiled kernel runs depends on the tensors' dtypes and on whether they begin at multiples
     of 16 bytes, and on nothing else: numbers are fixed here.
+
+    Args:
+        kernel: what `triton.jit` made.
+        grid: one to three numbers of programs.
+        numbers: its arguments after the tensors, in their order.
+        constants: its other arguments, all of them, and options of the compiler.
     """
 
     def __init__(
         self, kernel: triton.JITFunction, grid: tuple[int, ...], *numbers: Any, **constants: Any
     ) -> None:
-        """Prepare.
-
-        Args:
-            kernel: what `triton.jit` made.
-            grid: one to three numbers of programs.
-            numbers: its arguments after the tensors, in their order.
-            constants: its other arguments, all of them, and options of the compiler.
-        """
         self.kernel, self.grid, self.numbers, self.constants = kernel, grid, numbers, constants
         named = (constants[name] for name in kernel.arg_names if name in constants)
         self.rest = *numbers, *named

@@ -20,15 +20,15 @@ def why_not(base: nn.Module) -> str:
         return "hooks on the base layer"
     if type(base) is Linear4bit:
         return "sharded parameters" if is_sharded(base.qweight) else ""
-    if hasattr(base, "why_not"):
-        return base.why_not()
     if type(base) not in (nn.Linear, Conv1D):
-        return f"the base layer is {type(base).__name__}"
-    if is_sharded(base.weight):
+        own = getattr(base, "why_not", None)
+        return own() if own else f"the base layer is {type(base).__name__}"
+    weight = base.weight
+    if is_sharded(weight):
         return "sharded parameters"
-    if type(base.weight) not in (nn.Parameter, Tensor):
-        return f"the base weight is {type(base.weight).__name__}"
-    return "" if base.weight.dtype in FLOATS else f"the base weight is {base.weight.dtype}"
+    if type(weight) not in (nn.Parameter, Tensor):
+        return f"the base weight is {type(weight).__name__}"
+    return "" if weight.dtype in FLOATS else f"the base weight is {weight.dtype}"
 
 
 def member(base: nn.Module) -> Member:
@@ -40,7 +40,7 @@ def member(base: nn.Module) -> Member:
 
 def run(base: nn.Module, x: Tensor, m: Member, p: float) -> Tensor:
     """y [..., N] for x [..., K], in the dtype that the layer returns."""
-    return base.run(x, m, p) if hasattr(base, "run") else ops.linear_group(x, [m], p)[0]
+    return base.run(x, m, p) if hasattr(type(base), "run") else ops.linear_group(x, [m], p)[0]
 
 
 def is_sharded(parameter: Tensor) -> bool:

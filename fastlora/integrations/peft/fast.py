@@ -116,5 +116,6 @@ def _why_not_adapter(layer: LoraLayer, name: str) -> str:
 
 
 def _why_not_parallel(layer: LoraLayer) -> str:
-    marks = getattr(layer, "_tp_info", None), getattr(layer.base_layer, "_hf_tp_plan", None)
+    # looked up as what they are: at every forward, and a module takes long to say that it lacks one
+    marks = vars(layer).get("_tp_info"), vars(layer.base_layer).get("_hf_tp_plan")
     return "" if marks == (None, None) else "tensor parallel"
