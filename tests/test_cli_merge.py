@@ -18,7 +18,7 @@ from transformers import (
 )
 
 import fastlora
-from fastlora.cli import merging, runs
+from fastlora.cli import drift, merging, runs
 from fastlora.cli.settings import TrainSettings
 from fastlora.integrations.transformers import save_nf4
 
@@ -78,6 +78,10 @@ def unmerged(adapter, labels=(), **given):
     return runs.load(settings, adapter, labels).model
 
 
+# into the weights that the adapter was trained over
+AS_TRAINED = ("--quantize", "nf4")
+
+
 def logits(model, ids=IDS):
     with torch.no_grad():
         return model.eval()(ids).logits.float()
@@ -93,7 +97,7 @@ def dtypes(folder):
 
 def test_fp32_gives_the_unmerged_logits_in_plain_transformers(adapter, model, tmp_path):
     output = tmp_path / "out"
-    result = merged("--adapter", adapter, "-o", output, "--format", "fp32")
+    result = merged("--adapter", adapter, "-o", output, "--format", "fp32", *AS_TRAINED)
     loaded, info = AutoModelForCausalLM.from_pretrained(output, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
@@ -114,7 +118,7 @@ def test_fp32_gives_the_unmerged_logits_in_plain_transformers(adapter, model, tm
 
 @pytest.mark.parametrize(("words", "dtype"), [((), "bf16"), (("--format", "fp16"), "fp16")])
 def test_sixteen_bits_are_the_fp32_sum_rounded_once(words, dtype, adapter, tmp_path):
-    merged("--adapter", adapter, "-o", tmp_path / "out", *words)
+    merged("--adapter", adapter, "-o", tmp_path / "out", *AS_TRAINED, *words)
     assert dtypes(tmp_path / "out") == {dtype.upper().replace("FP", "F")}
     model = unmerged(adapter)
     fastlora.merge_lora(model)
@@ -124,9 +128,62 @@ def test_sixteen_bits_are_the_fp32_sum_rounded_once(words, dtype, adapter, tmp_p
         assert torch.equal(got.state_dict()[name], weight.to(kind)), name
 
 
+ORIGINALS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("stored", ORIGINALS)
+def test_by_default_originals_are_summed_in_fp32_and_rounded_once(
+    stored, dtype, adapter, model, tmp_path
+):
+    """Whatever dtype training computed in, and also what no adapter is on."""
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=ORIGINALS[stored])
+    base.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "base")
+    exact = fastlora.merge_lora(fastlora.load_adapter(base.float(), adapter)).state_dict()
+    found = {}
+    for format in (None, *ORIGINALS):
+        output = tmp_path / f"out-{format}"
+        words = ("--adapter", adapter, "-o", output, "--dtype", dtype, "--no-report")
+        merged(tmp_path / "base", *words, *(["--format", format] if format else []))
+        (kind,) = dtypes(output)
+        found[format] = kind.replace("BF", "bf").replace("F", "fp")
+        got = AutoModelForCausalLM.from_pretrained(output).state_dict()
+        for name, weight in exact.items():
+            assert torch.equal(got[name], weight.to(ORIGINALS[found[format]])), (format, name)
+    assert found == {**{k: k for k in ORIGINALS}, None: "bf16" if stored == "fp32" else stored}
+
+
+def test_heads_that_were_trained_whole_are_rounded_once(model, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    base.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "base")
+    cfg = fastlora.LoraConfig(target_modules=["q_proj"], modules_to_save=["norm"])
+    fastlora.add_lora(base.float(), cfg)
+    with torch.no_grad():
+        base.model.norm.modules_to_save["default"].weight.fill_(1 + 2**-20)
+    fastlora.save_adapter(base, tmp_path / "adapter")
+    words = (tmp_path / "base", "--adapter", tmp_path / "adapter", "--no-report", "-o")
+    merged(*words, tmp_path / "out", "--format", "fp32")
+    got = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert (got.model.norm.weight == 1 + 2**-20).all()
+
+
+def test_what_an_adapter_was_trained_over_is_named_where_it_is_merged_into_more(adapter, tmp_path):
+    said = " ".join(merged("--adapter", adapter, "-o", tmp_path / "own").stdout.split())
+    assert "weights, dense in float32" in said
+    assert "merged into the weights themselves" in said
+    # the drift is measured from the model that was trained
+    assert float(said.split("largest difference of logits ")[1].split()[0]) > 0.1
+    words = ("--adapter", adapter, "-o", tmp_path / "kept", "--format", "fp32", *AS_TRAINED)
+    said = " ".join(merged(*words).stdout.split())
+    assert "weights, NF4 in float32" in said
+    assert "merged into the weights" not in said
+
+
 def test_a_run_in_bf16_is_not_rounded_on_the_way_to_another_format(adapter, tmp_path):
     """The weights are decoded and summed in fp32; those that are dense were bf16 in training."""
-    words = ("--dtype", "bf16", "--format")
+    words = ("--dtype", "bf16", *AS_TRAINED, "--format")
     merged("--adapter", adapter, "-o", tmp_path / "fp32", *words, "fp32")
     merged("--adapter", adapter, "-o", tmp_path / "bf16", *words, "bf16")
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "fp32").state_dict()
@@ -180,7 +237,7 @@ def test_checkpoints_in_nf4_merge_to_dense_ones(model, data, tmp_path):
 def test_a_trained_head_is_untied(model, data, tmp_path):
     words = ("--target-modules", "q_proj,lm_head")
     adapter = trained(model, data, tmp_path / "run", *words)
-    merged("--adapter", adapter, "-o", tmp_path / "out", "--format", "fp32")
+    merged("--adapter", adapter, "-o", tmp_path / "out", "--format", "fp32", *AS_TRAINED)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert loaded.config.tie_word_embeddings is False
     torch.testing.assert_close(logits(loaded), logits(unmerged(adapter)), rtol=1e-4, atol=1e-4)
@@ -202,7 +259,7 @@ def test_classifiers(kind, model, tmp_path):
     data = write(tmp_path / "labelled.jsonl", rows)
     adapter = trained(model, data, tmp_path / "run", "--labels", "low,high")
     output = tmp_path / "out"
-    words = ("--format", "fp32", "--check-data", data)
+    words = ("--format", "fp32", "--check-data", data, *AS_TRAINED)
     result = merged("--adapter", adapter, "-o", output, *words)
     assert "same likeliest class 100.00% " in " ".join(result.stdout.split())
     assert "vllm" not in result.stdout
@@ -225,27 +282,28 @@ def test_drift_of_known_logits():
     before = [torch.tensor([[0.0, 1.0], [2.0, 0.0]]), torch.tensor([[0.0, 3.0]])]
     after = [torch.tensor([[0.0, 1.5], [2.0, 3.0]]), torch.tensor([[0.0, 3.0]])]
     rows = [[0, 1], [1]]
-    drift = merging.compare(before, after, rows)
+    found = drift.compare(before, after, rows)
     p, q = (torch.cat(x).double().softmax(-1) for x in (before, after))
     kl = (p * (p / q).log()).sum(-1).mean().item()
-    assert drift.kl == pytest.approx(kl)
-    assert (drift.positions, drift.largest) == (3, 3)
-    assert drift.mean == pytest.approx(3.5 / 6)
-    assert drift.same == 2
+    assert found.kl == pytest.approx(kl)
+    assert (found.positions, found.largest) == (3, 3)
+    assert found.mean == pytest.approx(3.5 / 6)
+    assert found.same == 2
     # one text has a next token, which the first row of logits predicts
-    assert drift.perplexity == pytest.approx(1 + math.exp(-1.5))
-    same = merging.compare(before, before, rows)
+    assert found.perplexity == pytest.approx(1 + math.exp(-1.5))
+    same = drift.compare(before, before, rows)
     assert (same.largest, same.kl, same.same) == (0, 0, 3)
     assert same.perplexity == pytest.approx(1 + math.exp(-1))
-    assert math.isnan(merging.compare([torch.ones(1, 2)], [torch.ones(1, 2)], [[3, 4]]).loss)
+    assert math.isnan(drift.compare([torch.ones(1, 2)], [torch.ones(1, 2)], [[3, 4]]).loss)
 
 
 def test_perplexity_is_that_of_transformers_and_a_report_can_be_left_out(adapter, tmp_path):
-    result = merged("--adapter", adapter, "-o", tmp_path / "out", "--format", "fp32")
+    words = ("--format", "fp32", *AS_TRAINED)
+    result = merged("--adapter", adapter, "-o", tmp_path / "out", *words)
     words = " ".join(result.stdout.split())
     said = re.search(r"Perplexity of the texts: (\S+) unmerged, (\S+) merged, (\S+) without", words)
     base = runs.load(TrainSettings.load(adapter), adapter)
-    rows = merging._rows(base, TrainSettings.load(adapter), None)
+    rows = drift._rows(base, TrainSettings.load(adapter), None)
     loss = tokens = 0
     for row in rows:
         ids = torch.tensor([row])
@@ -270,46 +328,47 @@ def test_what_is_said_is_measured_on_what_was_written(adapter, tmp_path, monkeyp
         right(base, *args)
 
     monkeypatch.setattr(merging, "_write", damaged)
-    result = merged("--adapter", adapter, "-o", tmp_path / "out", "--format", "fp32")
+    fp32 = ("--format", "fp32", *AS_TRAINED)
+    result = merged("--adapter", adapter, "-o", tmp_path / "out", *fp32)
     words = " ".join(result.stdout.split())
     assert "the merged model chooses another token than the unmerged one at" in words
     monkeypatch.undo()
-    whole = merged("--adapter", adapter, "-o", tmp_path / "whole", "--format", "fp32")
+    whole = merged("--adapter", adapter, "-o", tmp_path / "whole", *fp32)
     row = next(line for line in whole.stdout.splitlines() if "largest difference" in line)
-    drift, untrained = map(float, row.split()[-2:])
-    assert drift < 1e-3
+    off, untrained = map(float, row.split()[-2:])
+    assert off < 1e-3
     assert untrained > 1
     rounded = merged("--adapter", adapter, "-o", tmp_path / "bf16", "--format", "bf16")
     assert "largest difference of logits" in rounded.stdout
 
 
 def test_a_merge_that_loses_what_was_trained_is_warned_of(capsys):
-    untrained = merging.Drift(positions=10, largest=3.0, mean=0.5, kl=0.4, same=7, loss=1.0)
-    nothing = merging.Drift(positions=10, largest=0.0, mean=0.0, kl=0.0, same=10, loss=0.5)
+    untrained = drift.Drift(positions=10, largest=3.0, mean=0.5, kl=0.4, same=7, loss=1.0)
+    nothing = drift.Drift(positions=10, largest=0.0, mean=0.0, kl=0.0, same=10, loss=0.5)
     for kl, kind, warned in ((0.3, "nf4", True), (0.1, "nf4", False), (0.3, "bf16", False)):
-        drift = merging.Drift(positions=10, largest=2.0, mean=0.4, kl=kl, same=8, loss=0.7)
-        merging._show(drift, untrained, nothing, kind, torch.bfloat16, classifies=False)
+        merged = drift.Drift(positions=10, largest=2.0, mean=0.4, kl=kl, same=8, loss=0.7)
+        drift._show(merged, untrained, nothing, kind, torch.bfloat16, classifies=False)
         words = " ".join(capsys.readouterr().out.split())
         assert "another token than the unmerged one at 2 of 10 positions" in words
         assert ("75% as far off as the one without adapter" in words) == warned
-    for drift in (nothing, untrained):
-        merging._show(drift, nothing, nothing, "nf4", torch.float32, classifies=True)
+    for found in (nothing, untrained):
+        drift._show(found, nothing, nothing, "nf4", torch.float32, classifies=True)
         assert "Much" not in capsys.readouterr().out
 
 
 def test_data_to_measure_on_and_the_room_for_logits(adapter, data, tmp_path, monkeypatch):
     base = runs.load(TrainSettings.load(adapter), adapter)
     settings = TrainSettings.load(adapter)
-    few = merging._rows(base, settings, None)
-    assert len(few) == len(merging.SENTENCES)
+    few = drift._rows(base, settings, None)
+    assert len(few) == len(drift.SENTENCES)
     from fastlora.cli.data import read
 
-    more = merging._rows(base, settings, read(data))
+    more = drift._rows(base, settings, read(data))
     assert more[: len(few)] == few
     assert len(more) == len(few) + 2
     vocabulary = base.model.config.vocab_size
-    monkeypatch.setattr(merging, "_MOST_LOGITS", vocabulary * (len(few[0]) + 3))
-    assert merging._rows(base, settings, read(data)) == [few[0], few[1][:3]]
+    monkeypatch.setattr(drift, "_MOST_LOGITS", vocabulary * (len(few[0]) + 3))
+    assert drift._rows(base, settings, read(data)) == [few[0], few[1][:3]]
 
 
 # --- what comes next -------------------------------------------------------------------------
@@ -348,12 +407,12 @@ def test_what_is_missing_or_does_not_fit(adapter, data, tmp_path):
         (ours, "Missing option '--output'"),
         (("m", "-o", out), "Missing option '--adapter'"),
         ((*ours, "-o", full), "output must be a new or empty folder, got"),
-        ((*ours, "-o", file), "output must be in a folder that can be written to"),
+        ((*ours, "-o", file), f"output must be a folder, got the file {file}"),
         (("--adapter", "none", "-o", out), "adapter must be a folder with adapter_config.json"),
         (("none", *ours, "-o", out), "model must be a folder with config.json"),
         ((*ours, "-o", out, "--format", "int8"), "'int8' is not one of"),
         ((*ours, "-o", out, "--check-data", "none.jsonl"), "got none.jsonl (No such file"),
-        ((*ours, "-o", file / "deep" / "x"), "output must be in a folder that can be written to"),
+        ((*ours, "-o", file / "deep" / "x"), f"be written to, got {file} (Not a directory)"),
     ):
         assert message in refused(*words), words
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "full"]

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import typer
 from rich.console import Console
@@ -100,8 +101,14 @@ def check_output(output: Path, reuse: bool = False, hint: str = "") -> None:
     """
     with reported(OSError):
         there = next(p for p in (output.absolute(), *output.absolute().parents) if p.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            raise UserError(f"output must be in a folder that can be written to, got {there}")
+        if there == output.absolute() and not there.is_dir():
+            raise UserError(f"output must be a folder, got the file {output}")
+        try:  # os.access would know permissions only
+            TemporaryDirectory(prefix=".fastlora-", dir=there).cleanup()
+        except OSError as error:
+            raise UserError(
+                f"output must be in a folder that can be written to, got {there} ({error.strerror})"
+            ) from error
         if not reuse and output.exists() and any(output.iterdir()):
             raise UserError(f"output must be a new or empty folder, got {output}{hint}")
 

@@ -8,6 +8,7 @@ import typer
 from fastlora.cli import runs
 from fastlora.cli.console import UserError, check_output, require
 from fastlora.cli.data import read
+from fastlora.cli.settings import Quantize
 
 Format = Literal["bf16", "fp16", "fp32", "nf4"]
 
@@ -23,7 +24,7 @@ def merge(
         Format | None,
         typer.Option(
             help="Of the merged weights.",
-            show_default="as in training if that is 16-bit, else bf16",
+            show_default="16 bits: as the model has them, or as in training, or bf16",
         ),
     ] = None,
     report: Annotated[
@@ -39,25 +40,27 @@ def merge(
     ] = None,
     template: runs.TemplateOption = None,
     fields: runs.FieldsOption = None,
-    quantize: runs.QuantizeOption = None,
+    quantize: Annotated[
+        Quantize | None,
+        typer.Option(
+            help="Merge into the model's own weights (none), or their NF4 values as in training.",
+            show_default="what the model's files have",
+        ),
+    ] = None,
     dtype: runs.DtypeOption = None,
 ) -> None:
     """Merge an adapter into its model.
 
-    The model is loaded as in training, or dense with --quantize none: then an adapter trained over
-    4 bits goes into the original weights. They are summed in fp32 and rounded once. What is written
-    is read again, and compared with the unmerged model.
+    It goes into the weights as the model's files have them, also when it was trained over 4 bits of
+    them (--quantize nf4 takes those 4 bits). They are summed in fp32 and rounded once. What is
+    written is read again, and compared with the model as it was trained.
     """
     if check_data is not None and not report:
         raise UserError("check-data must come with a report, got --no-report")
     check_output(output)
-    settings = runs.settings_of(
-        model, adapter, template=template, fields=fields, quantize=quantize, dtype=dtype
-    )
-    data = None
-    if check_data is not None:
-        data = read(check_data, settings.field_names)
+    trained = runs.settings_of(model, adapter, template=template, fields=fields, dtype=dtype)
+    data = None if check_data is None else read(check_data, trained.field_names)
     require("transformers", "accelerate")
     from fastlora.cli import merging
 
-    merging.run(settings, adapter, output, format, data, report)
+    merging.run(merging.Merge(trained, adapter, output, quantize, format, report, data))

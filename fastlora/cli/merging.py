@@ -1,229 +1,145 @@
 """The course of `fastlora merge`: measure, merge, write, read again, measure, say what next."""
 
 import gc
-import math
 import shlex
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from rich.table import Table
-from torch import Tensor
 
 import fastlora
 from fastlora.atomic import replaced_folder
-from fastlora.cli import encoding, models, runs
+from fastlora.cli import drift, models, runs
 from fastlora.cli.console import UserError, console, note, reported, size
 from fastlora.cli.data import Data
 from fastlora.cli.models import DTYPES, Base
 from fastlora.cli.settings import TrainSettings
 from fastlora.integrations.transformers import write_nf4
 
-SENTENCES = (
-    "The river had risen in the night, and by morning the lower fields were under water.",
-    "To make the dough, mix 500 g of flour with 325 ml of water, 10 g of salt and some yeast.",
-    "def mean(values):\n    return sum(values) / len(values)\n",
-    'Question: what is 17 times 23?\nAnswer: 17 * 23 = 391. {"result": 391}',
-    "Der Zug nach Hamburg fährt heute von Gleis 7, etwa zwanzig Minuten später als geplant.",
-)
-# logits of the unmerged model that are kept: 512 MiB in fp32
-_MOST_LOGITS = 2**27
-# share of what the adapter does, from which on a drift is warned of
-_LOST = 0.5
+_HALVES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @dataclass(frozen=True)
-class Drift:
-    """How far the logits of a merged model are from those of the unmerged one.
+class Merge:
+    """What is merged, and into what.
 
     Attributes:
-        positions: where they were compared: tokens, or texts of a classifier.
-        largest: largest absolute difference.
-        mean: mean absolute difference.
-        kl: mean Kullback-Leibler divergence of the merged from the unmerged one, in nats.
-        same: positions with the same likeliest token or class.
-        loss: mean cross entropy of the texts' next tokens in the merged one, in nats; NaN for a
-            classifier.
+        trained: settings of the run that made the adapter.
+        adapter: its folder.
+        output: new or empty folder for the merged model.
+        quantize: none: into the weights as the model's files have them. nf4: into their NF4
+            values, as in training. None: what the files have, so none unless these are NF4.
+        format: bf16, fp16, fp32 or nf4, of what is written. None: 16 bits, of the kind that the
+            model's files have, else of the kind that was trained in, else bf16.
+        report: read what was written, and compare it with what was trained.
+        data: to measure on, besides the sentences; None: only those.
     """
 
-    positions: int
-    largest: float
-    mean: float
-    kl: float
-    same: int
-    loss: float
-
-    @property
-    def perplexity(self) -> float:
-        """Of the texts, in the merged model."""
-        return math.exp(self.loss)
+    trained: TrainSettings
+    adapter: Path
+    output: Path
+    quantize: str | None = None
+    format: str | None = None
+    report: bool = True
+    data: Data | None = None
 
 
-def run(
-    settings: TrainSettings,
-    adapter: Path,
-    output: Path,
-    format: str | None,
-    data: Data | None,
-    report: bool,
-) -> None:
+def run(merge: Merge) -> None:
     """Merge an adapter, write the model and print what came of it.
 
     Args:
-        settings: of the run that made the adapter.
-        adapter: its folder.
-        output: new or empty folder for the merged model.
-        format: bf16, fp16, fp32 or nf4; None: the compute dtype if it has 16 bits, else bf16.
-        data: to measure on, besides the sentences; None: only those.
-        report: read what was written, and compare it with the unmerged model.
+        merge: what, and into what.
 
     Raises:
         UserError: the parts do not fit together, or a weight does not fit in the format.
     """
-    labels = settings.classes
-    base = runs.load(settings, adapter, labels)
-    models.describe(base, settings)
-    name = format or _default(base.model.dtype)
-    before = _measure(base, settings, data) if report else None
-    computed = base.model.dtype
+    before = _measure(merge) if merge.report else None
+    target = _target(merge)
+    base = runs.load(target.settings, merge.adapter, merge.trained.classes, target.loaded)
+    models.describe(base, target.settings)
     with console.status("merging"):
-        _merge(base, settings, name)
-    _write(base, output, name)
+        _merge(base, target)
+    _write(base, merge.output, target.format)
     del base
     gc.collect()
     if before is not None:
-        _report(before, settings, output, name, computed)
-    _what_next(output, name, bool(labels))
+        _report(before, merge, target)
+    _what_next(merge.output, target.format, bool(merge.trained.classes))
+
+
+def _measure(merge: Merge) -> drift.Measured:
+    """The model as it was trained, which is gone again before another is loaded."""
+    base = runs.load(merge.trained, merge.adapter, merge.trained.classes)
+    return drift.measure(base, merge.trained, merge.data)
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A model before its adapter was merged.
+class _Target:
+    """How the model is loaded that the adapter is merged into, and how it is written.
 
     Attributes:
-        rows: token ids of the texts.
-        logits: of each, [T, V] or [1, classes].
-        untrained: how far the model without its adapter is from it.
+        settings: to load it with.
+        loaded: dtype to load it in.
+        format: bf16, fp16, fp32 or nf4.
+        dtype: that is written, of what is dense.
     """
 
-    rows: list[list[int]]
-    logits: list[Tensor]
-    untrained: Drift
+    settings: TrainSettings
+    loaded: torch.dtype
+    format: str
+    dtype: torch.dtype
 
 
-def _measure(base: Base, settings: TrainSettings, data: Data | None) -> Measured:
-    rows = _rows(base, replace(settings, max_length=min(settings.max_length, base.positions)), data)
-    with console.status("measuring the unmerged model"):
-        logits = [_logits(base, row) for row in rows]
-        with fastlora.disable_adapters(base.model):
-            untrained = compare(logits, (_logits(base, row) for row in rows), rows)
-    return Measured(rows, logits, untrained)
+def _target(merge: Merge) -> _Target:
+    source = models.find(merge.trained.model, labelled=bool(merge.trained.classes))
+    quantize = merge.quantize or ("nf4" if source.nf4 else "none")
+    stored = models.stored_dtype(source)
+    computed = DTYPES[models.pick_dtype(merge.trained.dtype)]
+    half = next((_HALVES[dtype] for dtype in (stored, computed) if dtype in _HALVES), "bf16")
+    format = merge.format or half
+    dtype = DTYPES[half if format == "nf4" else format]
+    if quantize == "nf4" and not source.nf4:
+        loaded = computed  # the NF4 of training is that of weights in its dtype
+    elif dtype == stored and (format != "nf4" or source.nf4):
+        loaded = stored
+    else:  # holds every stored value, so that only what is written is rounded, and once
+        loaded = torch.float32
+    return _Target(replace(merge.trained, quantize=quantize), loaded, format, dtype)
 
 
-def _report(
-    before: Measured, settings: TrainSettings, output: Path, format: str, computed: torch.dtype
-) -> None:
+def _report(before: drift.Measured, merge: Merge, target: _Target) -> None:
     # what is written, in the arithmetic of before: so that the weights alone make the difference
     again = replace(
-        settings,
-        model=str(output),
-        quantize="nf4" if format == "nf4" else "none",
-        dtype=next(key for key, dtype in DTYPES.items() if dtype == computed),
+        merge.trained,
+        model=str(merge.output),
+        quantize="nf4" if target.format == "nf4" else "none",
     )
-    merged = runs.load(again, None, settings.classes)
-    with console.status("measuring the merged model"):
-        drift = compare(before.logits, (_logits(merged, row) for row in before.rows), before.rows)
-    unmerged = compare(before.logits, before.logits, before.rows)
-    _show(drift, before.untrained, unmerged, format, computed, bool(settings.classes))
+    merged = runs.load(again, None, merge.trained.classes)
+    drift.report(before, merged, target.format)
+    if target.settings.quantize == "none" and merge.trained.quantize == "nf4":
+        console.print(
+            "\nThe adapter was trained over the NF4 values of the weights, and is merged into the "
+            "weights themselves, which is part of the difference. --quantize nf4 merges it into "
+            "what it was trained over."
+        )
 
 
-def compare(before: Iterable[Tensor], after: Iterable[Tensor], rows: Iterable[list[int]]) -> Drift:
-    """Compare logits.
-
-    Args:
-        before: of each text, [T, V] or [1, classes].
-        after: the same of the merged model.
-        rows: token ids of each text, [T].
-
-    Returns:
-        Their differences.
-    """
-    positions = elements = same = predicted = 0
-    largest = total = divergence = loss = 0.0
-    for p, q, row in zip(before, after, rows, strict=True):
-        gap = (p - q).abs()
-        largest = max(largest, gap.max().item())
-        total += gap.double().sum().item()
-        log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
-        divergence += (log_p.exp() * (log_p - log_q)).sum().item()
-        same += int((p.argmax(-1) == q.argmax(-1)).sum())
-        positions += len(p)
-        elements += p.numel()
-        if len(p) == len(row) > 1:  # a classifier has no next token
-            loss -= log_q[:-1].gather(1, torch.tensor(row[1:])[:, None]).sum().item()
-            predicted += len(row) - 1
-    # rounding must not make a divergence of nothing negative
-    kl = max(0.0, divergence / positions)
-    mean_loss = loss / predicted if predicted else math.nan
-    return Drift(positions, largest, total / elements, kl, same, mean_loss)
-
-
-def _rows(base: Base, settings: TrainSettings, data: Data | None) -> list[list[int]]:
-    """Token ids of the texts to measure on, as many as their logits leave room for."""
-    rows = [
-        base.tokenizer(text, verbose=False).input_ids[: settings.max_length] for text in SENTENCES
-    ]
-    if data is not None:
-        if base.labels:
-            dataset = encoding.encode_labelled(
-                data, base.tokenizer, base.labels, settings.max_length
-            )
-        else:
-            dataset = encoding.encode(data, base.tokenizer, settings.template, settings.max_length)
-        rows += [example["input_ids"] for example in dataset.examples]
-    if base.labels:
-        return rows
-    head = base.model.get_output_embeddings()
-    room = _MOST_LOGITS // head.weight.shape[0]
-    kept = []
-    for row in rows:
-        kept.append(row[:room])
-        room -= len(kept[-1])
-        if not room:
-            break
-    return kept
-
-
-@torch.inference_mode()
-def _logits(base: Base, row: list[int]) -> Tensor:
-    """Fp32 on the CPU: [T, V], or [1, classes] of a classifier."""
-    ids = torch.tensor([row], device=base.model.device)
-    with reported(torch.OutOfMemoryError, about="the GPU must have enough memory: "):
-        logits = base.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-    return logits.reshape(-1, logits.shape[-1]).float().cpu()
-
-
-def _default(computed: torch.dtype) -> str:
-    return "fp16" if computed == torch.float16 else "bf16"
-
-
-def _merge(base: Base, settings: TrainSettings, format: str) -> None:
-    dtype = DTYPES[_default(base.model.dtype) if format == "nf4" else format]
-    quantised = settings.quantize == "nf4"
-    # weights that were rounded to the dtype of training would be rounded once more
-    if base.model.dtype != dtype or (format == "nf4" and not quantised):
+def _merge(base: Base, target: _Target) -> None:
+    nf4 = target.format == "nf4"
+    quantises = nf4 and target.settings.quantize == "none"
+    if base.model.dtype != target.dtype or quantises:
         base.model.float()
     with reported(ValueError, NotImplementedError, torch.OutOfMemoryError):
-        fastlora.merge_lora(base.model, quantize=format == "nf4")
-        if format == "nf4" and not quantised:
-            fastlora.quantize_model(
-                base.model, blocksize=settings.blocksize, double_quant=settings.double_quant
-            )
-    base.model.to(dtype)
+        fastlora.merge_lora(base.model, quantize=nf4)
+        if quantises:
+            blocks = target.settings.blocksize, target.settings.double_quant
+            fastlora.quantize_model(base.model, blocksize=blocks[0], double_quant=blocks[1])
+    base.model.to(target.dtype)
     for name, weight in base.model.named_parameters():
         if weight.is_floating_point() and not weight.isfinite().all():
-            raise UserError(f"every merged weight must fit in {format}, got Inf or NaN in {name}")
+            raise UserError(
+                f"every merged weight must fit in {target.format}, got Inf or NaN in {name}"
+            )
 
 
 def _write(base: Base, output: Path, format: str) -> None:
@@ -242,51 +158,6 @@ def _write(base: Base, output: Path, format: str) -> None:
             base.tokenizer.save_pretrained(folder)
     total = sum(file.stat().st_size for file in output.iterdir())
     note("saved", f"{output}, {format}, {size(total)}, with tokenizer")
-
-
-def _show(
-    drift: Drift,
-    untrained: Drift,
-    unmerged: Drift,
-    format: str,
-    computed: torch.dtype,
-    classifies: bool,
-) -> None:
-    """The drift beside what the adapter is worth: as far off is a merge that has lost it."""
-    what, where = ("class", "texts") if classifies else ("token", "positions")
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold cyan")
-    table.add_column("from the unmerged model", style="cyan", no_wrap=True)
-    for head in ("merged", "without adapter"):
-        table.add_column(head, justify="right", no_wrap=True)
-    both = drift, untrained
-    table.add_row("largest difference of logits", *(f"{d.largest:.3g}" for d in both))
-    table.add_row("mean difference of logits", *(f"{d.mean:.3g}" for d in both))
-    table.add_row("mean KL divergence, nats", *(f"{d.kl:.3g}" for d in both))
-    table.add_row(f"same likeliest {what}", *(f"{d.same / d.positions:.2%}" for d in both))
-    console.print("", table)
-    others = drift.positions - drift.same
-    verdict = f"the same {what} as the unmerged one everywhere"
-    if others:
-        verdict = (
-            f"another {what} than the unmerged one at {others:,} of {drift.positions:,} {where}"
-        )
-    dtype = str(computed).removeprefix("torch.")
-    console.print(
-        f"\nRead again from disk, the merged model chooses {verdict}; both computed in {dtype}."
-    )
-    if not classifies:
-        console.print(
-            f"Perplexity of the texts: {unmerged.perplexity:.2f} unmerged, {drift.perplexity:.2f} "
-            f"merged, {untrained.perplexity:.2f} without adapter."
-        )
-    # in 16 bits that is seen only of an adapter that does next to nothing
-    if format == "nf4" and drift.kl > untrained.kl * _LOST > 0:
-        console.print(
-            "\nMuch of what was trained is lost: by KL divergence the merged model is "
-            f"{drift.kl / untrained.kl:.0%} as far off as the one without adapter. NF4's steps can "
-            "be wider than what an adapter changes; merge to 16 bits to keep it.",
-            style="yellow",
-        )
 
 
 def _what_next(output: Path, format: str, classifies: bool) -> None:

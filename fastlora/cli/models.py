@@ -17,7 +17,7 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -54,6 +54,9 @@ UNREADABLE = (
 )
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+# what bitsandbytes keeps beside the packed weights
+_NF4_PART = re.compile(r"\.(nested_)?(absmax|quant_map)$|\.quant_state\.")
+_HALVES = {"BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors calls them
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -190,13 +193,43 @@ def find(name: str, labelled: bool = False) -> Source:
     return Source(name, path, nf4=quantised is not None)
 
 
-def load(source: Source, settings: TrainSettings, labels: Sequence[str] = ()) -> Base:
+def stored_dtype(source: Source) -> torch.dtype:
+    """The dtype that holds every dense weight of a model as its files have it.
+
+    Args:
+        source: from `find`.
+
+    Returns:
+        bf16 or fp16 if all have it, else fp32.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    found = set()
+    for file in [] if source.gguf else source.folder.glob("*.safetensors"):
+        with (
+            reported(OSError, SafetensorError, about=f"{file} cannot be read: "),
+            safe_open(file, "pt") as opened,
+        ):
+            names = [name for name in opened.keys() if not _NF4_PART.search(name)]  # noqa: SIM118
+            found |= {opened.get_slice(name).get_dtype() for name in names}
+    floats = {kind for kind in found if kind.startswith(("F", "BF"))}
+    return _HALVES.get(floats.pop(), torch.float32) if len(floats) == 1 else torch.float32
+
+
+def load(
+    source: Source,
+    settings: TrainSettings,
+    labels: Sequence[str] = (),
+    dtype: torch.dtype | None = None,
+) -> Base:
     """Load a model and quantise it.
 
     Args:
         source: from `find`.
         settings: dtype, quantize, blocksize and double_quant are read.
         labels: the classes of a sequence classifier, in the order of its outputs.
+        dtype: of the dense weights, instead of settings.dtype: to merge them, not to compute.
 
     Returns:
         The model on its device.
@@ -204,7 +237,7 @@ def load(source: Source, settings: TrainSettings, labels: Sequence[str] = ()) ->
     Raises:
         UserError: this is not a model that can be loaded, or the settings do not fit it.
     """
-    dtype = DTYPES[pick_dtype(settings.dtype)]
+    dtype = dtype or DTYPES[pick_dtype(settings.dtype)]
     if source.nf4 and settings.quantize != "nf4":
         raise UserError(
             f"quantize must be nf4 for {source.name}, which has 4-bit weights, got none"

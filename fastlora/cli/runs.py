@@ -11,6 +11,8 @@ from fastlora.cli.console import UserError
 from fastlora.cli.settings import SETTINGS_FILE, Dtype, Quantize, TrainSettings
 
 if TYPE_CHECKING:
+    import torch
+
     from fastlora.cli.models import Base
 
 _as_trained = {"show_default": "as in training"}
@@ -80,13 +82,19 @@ def settings_of(model: str | None, adapter: Path | None, **given: Any) -> TrainS
     return settings
 
 
-def load(settings: TrainSettings, adapter: Path | None, labels: tuple[str, ...] = ()) -> "Base":
+def load(
+    settings: TrainSettings,
+    adapter: Path | None,
+    labels: tuple[str, ...] = (),
+    dtype: "torch.dtype | None" = None,
+) -> "Base":
     """Load a model and its adapter.
 
     Args:
         settings: from `settings_of`.
         adapter: its folder, if there is one.
         labels: the classes of a classifier.
+        dtype: of the dense weights, instead of that of the settings.
 
     Returns:
         The model, in eval mode.
@@ -100,7 +108,7 @@ def load(settings: TrainSettings, adapter: Path | None, labels: tuple[str, ...] 
     source = models.find(settings.model, labelled=bool(labels))
     if adapter is None and source.nf4:
         settings = replace(settings, quantize="nf4")  # as it is stored
-    base = models.load(source, settings, labels)
+    base = models.load(source, settings, labels, dtype)
     models.add_adapter(base, adapter)
     return base
 
