@@ -25,7 +25,15 @@ from torch import Tensor, nn
 
 from fastlora.atomic import sync_folder, write_file
 from fastlora.config import LoraConfig
-from fastlora.model import adapted, adapters_of, install, original_of, state_of, unwrap
+from fastlora.model import (
+    adapted,
+    adapters_of,
+    check_adapter,
+    install,
+    original_of,
+    state_of,
+    unwrap,
+)
 from fastlora.nf4 import FLOATS
 from fastlora.nn import LoraLinear, SavedModule, is_conv1d
 from fastlora.targets import Plan, make_plan, with_task_heads
@@ -82,13 +90,11 @@ def save_adapter(
         ValueError: there is no such adapter.
     """
     root = unwrap(model)
-    configs = state_of(root).configs
     name = state_of(root).active if adapter_name is None else adapter_name
-    if name not in configs:
-        raise ValueError(f"adapter_name must be one of {[*configs]}, got {name!r}")
+    check_adapter(root, name)
     tensors = _live_tensors(root, name)
     _check_lora_shapes(root, name, tensors)
-    return write_adapter(tensors, configs[name], path)
+    return write_adapter(tensors, state_of(root).configs[name], path)
 
 
 def write_adapter(

@@ -206,7 +206,7 @@ def set_adapter(model: nn.Module, adapter_name: str) -> None:
         ValueError: there is no such adapter.
     """
     root = unwrap(model)
-    _known(root, adapter_name)
+    check_adapter(root, adapter_name)
     state_of(root).active = adapter_name
     for _, layer in adapted(root):
         layer.set_adapter(adapter_name if adapter_name in adapters_of(layer) else None)
@@ -220,8 +220,14 @@ def disable_adapters(model: nn.Module) -> AbstractContextManager[None]:
 
     Returns:
         The context manager.
+
+    Raises:
+        ValueError: the model has no adapters, or those of PEFT, which has a `disable_adapter()`.
     """
-    return disabled([layer for _, layer in adapted(unwrap(model))])
+    layers = [layer for _, layer in adapted(unwrap(model))]
+    if not layers:
+        _check_adapted(unwrap(model))
+    return disabled(layers)
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
@@ -237,7 +243,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         ValueError: there is no such adapter.
     """
     root = unwrap(model)
-    _known(root, adapter_name)
+    check_adapter(root, adapter_name)
     state, places = state_of(root), slots.find(root)
     for _, layer in list(adapted(root)):
         if adapter_name in adapters_of(layer):
@@ -276,7 +282,7 @@ def merge_lora(
     """
     root = unwrap(model)
     name = adapter_name or state_of(root).active
-    _known(root, name)
+    check_adapter(root, name)
     untied = _unties_output(root, name)
     places = slots.find(root)
     for path, layer in list(adapted(root)):
@@ -308,7 +314,7 @@ def unload_lora(model: nn.Module) -> nn.Module:
         ValueError: the model has no adapters.
     """
     root = unwrap(model)
-    _known(root, state_of(root).active)
+    check_adapter(root, state_of(root).active)
     places = slots.find(root)
     for _, layer in list(adapted(root)):
         slots.replace(places, layer, original_of(layer))
@@ -405,17 +411,31 @@ def state_of(root: nn.Module) -> ModelState:
     return vars(root)[_STATE]
 
 
+def check_adapter(root: nn.Module, name: str | None) -> None:
+    """Check that a model has an adapter of this name.
+
+    Args:
+        root: the model, unwrapped.
+        name: of the adapter.
+
+    Raises:
+        ValueError: it has none.
+    """
+    _check_adapted(root)
+    configs = state_of(root).configs
+    if name not in configs:
+        raise ValueError(f"adapter_name must be one of {[*configs]}, got {name!r}")
+
+
 def original_of(layer: LoraLinear | SavedModule) -> nn.Module:
     """The module that a layer with adapters stands for."""
     return layer.base_layer if isinstance(layer, LoraLinear) else layer.original_module
 
 
-def _known(root: nn.Module, name: str | None) -> None:
-    configs = state_of(root).configs
-    if not configs:
+def _check_adapted(root: nn.Module) -> None:
+    if not state_of(root).configs:
+        targets.check_no_peft(root)
         raise ValueError(f"the model must have adapters, got a {type(root).__name__} without any")
-    if name not in configs:
-        raise ValueError(f"adapter_name must be one of {[*configs]}, got {name!r}")
 
 
 def _forget_adapters(root: nn.Module) -> None:

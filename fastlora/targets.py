@@ -13,8 +13,38 @@ from fastlora.nn import Linear4bit, LoraLinear, SavedModule, is_conv1d
 
 # modules whose forward reads the weights of the linear layers inside, without calling them
 _READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-# models whose fast path does so with out_proj (PEFT refuses it as well)
-_READS_OUT_PROJ = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+# and classes of transformers, and of mamba_ssm, that do so with some; by name, as models on the hub
+# bring code of their own under these names
+_READS_SOME = {
+    "BambaMixer": {"out_proj"},
+    "ConditionalDetrMHAttentionMap": {"k_proj"},
+    "DabDetrMHAttentionMap": {"k_linear"},
+    "DetrMHAttentionMap": {"k_proj"},
+    "DisentangledSelfAttention": {"in_proj"},
+    "FalconH1Mixer": {"out_proj"},
+    "FalconMambaMixer": {"dt_proj", "out_proj", "x_proj"},
+    "Gemma3nTextAltUp": {"correction_coefs", "prediction_coefs"},
+    "GraniteMoeHybridMambaLayer": {"out_proj"},
+    "JambaMambaMixer": {"dt_proj"},
+    "LSHSelfAttention": {"query_key", "value"},
+    "LayoutLMv2Encoder": {"rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"},
+    "LongcatFlashTopkRouter": {"classifier"},
+    "Mamba": {"dt_proj", "in_proj", "out_proj", "x_proj"},
+    "Mamba2": {"out_proj"},
+    "Mamba2Mixer": {"out_proj"},
+    "MambaMixer": {"dt_proj", "out_proj", "x_proj"},
+    "MaskFormerDetrMHAttentionMap": {"k_proj"},
+    "MobileBertLMPredictionHead": {"decoder", "dense"},
+    "NemotronHMamba2Mixer": {"out_proj"},
+    "NeoMMEForMaskedLM": {"unembedding_projection"},
+    "RwkvFeedForward": {"value"},
+    "RwkvSelfAttention": {"output"},
+    "TDNNLayer": {"kernel"},
+    "WavLMAttention": {"k_proj", "out_proj", "q_proj", "v_proj"},
+    "Zamba2MambaMixer": {"out_proj"},
+}
+# classes that do so with slow_but_exact, where weights were trained in slices
+_READS_SLICES = {"BloomAttention": {"dense"}, "BloomMLP": {"dense_4h_to_h"}}
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 # heads that PEFT trains whole for a task
 _TASK_HEADS = {
@@ -68,8 +98,7 @@ def walk(model: nn.Module) -> Iterator[Site]:
     Yields:
         Modules with their paths, parents before children.
     """
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    yield from _visit(model, Site("", model, ""), model_type, {id(model)})
+    yield from _visit(model, Site("", model, ""), {id(model)})
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -82,6 +111,23 @@ def is_bnb(module: nn.Module) -> bool:
     """Whether a module is bitsandbytes' 4-bit layer, without importing bitsandbytes."""
     loaded = sys.modules.get("bitsandbytes.nn.modules")
     return loaded is not None and isinstance(module, loaded.Linear4bit)
+
+
+def check_no_peft(model: nn.Module) -> None:
+    """Check that no layer of a model belongs to PEFT, without importing PEFT.
+
+    Args:
+        model: any module.
+
+    Raises:
+        ValueError: it has adapters of PEFT.
+    """
+    loaded = sys.modules.get("peft.tuners.tuners_utils")
+    if loaded is not None and any(isinstance(m, loaded.BaseTunerLayer) for m in model.modules()):
+        raise ValueError(
+            f"the model must be without adapters of PEFT, got a {type(model).__name__} with some: "
+            "use PEFT's own methods, which fastlora.patch_peft makes fast"
+        )
 
 
 def with_task_heads(cfg: LoraConfig) -> LoraConfig:
@@ -114,6 +160,7 @@ def make_plan(model: nn.Module, cfg: LoraConfig, strict: bool = True) -> Plan:
         NotImplementedError: a target is of a kind that cannot be adapted yet.
         ValueError: nothing matches, a name matches nothing, or a module cannot be adapted.
     """
+    check_no_peft(model)
     sites = {site.path: site for site in walk(model)}
     skipped = _left_out(model, sites) if is_all_linear(cfg) else {}
     targets, excluded = [], []
@@ -204,6 +251,7 @@ def quantizable(
     Raises:
         ValueError: a name matches nothing, a layer has hooks or has adapters already.
     """
+    check_no_peft(model)
     skip_modules = [skip_modules] if isinstance(skip_modules, str) else [*skip_modules]
     sites = [*walk(model)]
     unknown = {name for name in skip_modules if not any(has_suffix(s.path, [name]) for s in sites)}
@@ -272,11 +320,11 @@ def weight_id(weight: Tensor) -> int:
     return weight.data_ptr() or id(weight)
 
 
-def _visit(parent: nn.Module, at: Site, model_type: str | None, seen: set[int]) -> Iterator[Site]:
+def _visit(parent: nn.Module, at: Site, seen: set[int]) -> Iterator[Site]:
     """Walk the children of `parent`, which stands at site `at`."""
-    obstacle = at.obstacle
-    if isinstance(parent, _READS_WEIGHTS):
-        obstacle = f"{type(parent).__name__} reads its weight directly"
+    reader = f"{type(parent).__name__} reads its weight directly"
+    obstacle = reader if isinstance(parent, _READS_WEIGHTS) else at.obstacle
+    read = _read_weights(parent)
     for name, child in parent._modules.items():
         if child is None or id(child) in seen:
             continue
@@ -286,16 +334,24 @@ def _visit(parent: nn.Module, at: Site, model_type: str | None, seen: set[int]) 
             names = " and ".join(child.modules_to_save)
             site = Site(path, child, f"it is trained whole by adapter {names}", taken=True)
             yield site
-            yield from _visit(child.original_module, site, model_type, seen)
+            yield from _visit(child.original_module, site, seen)
             continue
-        yield Site(path, child, obstacle or _own_obstacle(child, name, model_type), at.taken)
+        own = reader if name in read and is_linear(child) else _own_obstacle(child)
+        yield Site(path, child, obstacle or own, at.taken)
         if not isinstance(child, LoraLinear | Linear4bit):
-            yield from _visit(child, Site(path, child, obstacle, at.taken), model_type, seen)
+            yield from _visit(child, Site(path, child, obstacle, at.taken), seen)
 
 
-def _own_obstacle(module: nn.Module, name: str, model_type: str | None) -> str:
-    if model_type in _READS_OUT_PROJ and name == "out_proj":
-        return f"{model_type} reads its weight directly"
+def _read_weights(parent: nn.Module) -> set[str]:
+    """Names of the children whose weights a module reads, also one of a subclass."""
+    names = [cls.__name__ for cls in type(parent).__mro__]
+    found = set().union(*(_READS_SOME.get(name, ()) for name in names))
+    if getattr(parent, "slow_but_exact", False) and getattr(parent, "pretraining_tp", 1) > 1:
+        found = found.union(*(_READS_SLICES.get(name, ()) for name in names))
+    return found
+
+
+def _own_obstacle(module: nn.Module) -> str:
     known = type(module) in (nn.Linear, Linear4bit, LoraLinear) or is_bnb(module)
     plain_conv1d = is_conv1d(module) and type(module).__module__ == "transformers.pytorch_utils"
     if known or plain_conv1d or not is_linear(module):

@@ -147,8 +147,9 @@ def test_add_then_unload_leaves_no_trace(kind, quantized):
     assert_same_state(model, before)
     assert {n: id(m) for n, m in model.named_modules()} == {n: id(m) for n, m in modules.items()}
     assert torch.equal(logits(model), out)
-    with pytest.raises(ValueError, match="must have adapters"):
-        unload_lora(model)
+    for refused in (unload_lora, disable_adapters):
+        with pytest.raises(ValueError, match="must have adapters"):
+            refused(model)
 
 
 def test_add_lora_starts_as_the_base_and_trains_adapters_only():

@@ -346,3 +346,23 @@ def test_bytes_of_the_base_are_not_touched_by_any_of_it(tmp_path):
     assert after.keys() == before.keys()
     assert all(torch.equal(after[n], p) for n, p in before.items())
     assert isinstance(base, nn.Module)
+
+
+def test_what_is_done_to_adapters_of_peft_is_left_to_peft(tmp_path):
+    """Nothing would happen to them, or other adapters would be put inside."""
+    model = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules="all-linear"))
+    keys = [*model.state_dict()]
+    for refused in (
+        disable_adapters,
+        merge_lora,
+        unload_lora,
+        quantize_model,
+        lambda m: set_adapter(m, "default"),
+        lambda m: save_adapter(m, tmp_path / "out"),
+        lambda m: add_lora(m, LoraConfig()),
+    ):
+        with pytest.raises(
+            ValueError, match=r"without adapters of PEFT, got a PeftModel.*patch_peft"
+        ):
+            refused(model)
+    assert [*model.state_dict()] == keys

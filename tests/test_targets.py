@@ -18,6 +18,7 @@ from fastlora.targets import (
 )
 
 peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
 
 # PEFT reads a property of transformers that is about to be renamed
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -258,13 +259,62 @@ def test_old_weight_norm_is_a_hook():
         quantize_model(model)
 
 
-def test_mamba_out_proj_is_read_by_its_fast_path():
-    model = nn.Module()
-    model.config = type("Config", (), {"model_type": "mamba"})()
-    model.in_proj, model.out_proj = nn.Linear(4, 4), nn.Linear(4, 4)
-    assert [*make_plan(model, LoraConfig()).layers] == ["in_proj"]
-    with pytest.raises(ValueError, match=r"out_proj.*mamba"):
-        add_lora(model, LoraConfig(target_modules=["out_proj"]))
+def mamba():
+    cfg = transformers.MambaConfig(vocab_size=32, hidden_size=32, num_hidden_layers=1, state_size=4)
+    return transformers.MambaForCausalLM(cfg)
+
+
+def jamba():
+    sizes = dict(vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=2)
+    heads = dict(num_attention_heads=2, num_key_value_heads=2, attn_layer_offset=1)
+    cfg = transformers.JambaConfig(
+        **sizes, **heads, attn_layer_period=2, num_experts=1, mamba_d_state=4, mamba_dt_rank=32
+    )
+    return transformers.JambaForCausalLM(cfg)
+
+
+def bloom():
+    cfg = transformers.BloomConfig(vocab_size=32, hidden_size=64, n_layer=1, n_head=2)
+    cfg.pretraining_tp, cfg.slow_but_exact = 2, True
+    return transformers.BloomForCausalLM(cfg)
+
+
+OWNED = [  # model, paths of layers that their owner reads
+    (mamba, [f"backbone.layers.0.mixer.{n}" for n in ("dt_proj", "out_proj", "x_proj")]),
+    (jamba, ["model.layers.0.mamba.dt_proj"]),
+    (
+        bloom,
+        ["transformer.h.0.mlp.dense_4h_to_h", "transformer.h.0.self_attention.dense"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("build", "read"), OWNED)
+def test_weights_that_their_owner_reads_are_left_alone(build, read):
+    """A 4-bit layer has none to read; and an adapter over it would never be asked."""
+    torch.manual_seed(0)
+    model = build()
+    plan = make_plan(model, LoraConfig(target_modules="all-linear"))
+    assert {path: "reads its weight" in why for path, why in plan.skipped.items()} == {
+        "lm_head": False,
+        **dict.fromkeys(read, True),
+    }
+    quantize_model(model)
+    assert model(torch.arange(9)[None]).logits.isfinite().all()
+    add_lora(model, LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    model(torch.arange(9)[None]).logits.sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    name = read[0].rpartition(".")[2]
+    with pytest.raises(ValueError, match=rf"{name}.*reads its weight directly"):
+        add_lora(build(), LoraConfig(target_modules=[name]))
+
+
+def test_bloom_is_quantised_whole_where_it_is_not_sliced():
+    model = bloom()
+    for module in model.modules():
+        if hasattr(module, "slow_but_exact"):
+            module.slow_but_exact = False
+    assert {*quantizable(model, ())[1]} == {"lm_head"}
 
 
 QUANTIZED = [  # model, skip_modules, paths left dense and a word of the reason
