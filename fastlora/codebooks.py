@@ -16,6 +16,19 @@ STATS_GROUP = 256  # block scales that share one second-level scale
 ZERO_CODE = 7  # NF4_CODE[7] == 0
 
 
+def check_blocksize(blocksize: int) -> None:
+    """Check a number of elements per block scale.
+
+    Args:
+        blocksize: a power of two from 32 to 4096.
+
+    Raises:
+        ValueError: it is something else, such as a float of that value.
+    """
+    if not isinstance(blocksize, int) or blocksize not in BLOCKSIZES:
+        raise ValueError(f"blocksize must be one of {BLOCKSIZES}, got {blocksize!r}")
+
+
 @cache
 def nf4_code(device: torch.device | str = "cpu") -> Tensor:
     """The 16 values of a code, fp32 [16], ascending."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo  # torch.compiler.disable, which imports all of dynamo
 
 from fastlora import backend
-from fastlora.codebooks import BLOCKSIZES, STATS_GROUP, dynamic_map, nf4_code
+from fastlora.codebooks import STATS_GROUP, check_blocksize, dynamic_map, nf4_code
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
@@ -53,8 +53,7 @@ class NF4Weight:
         Raises:
             ValueError: a shape, dtype or block size does not fit; the message names the part.
         """
-        if self.blocksize not in BLOCKSIZES:
-            raise ValueError(f"blocksize must be one of {BLOCKSIZES}, got {self.blocksize}")
+        check_blocksize(self.blocksize)
         if self.dtype not in FLOATS:
             raise ValueError(f"dtype must be fp32, fp16 or bf16, got {self.dtype}")
         numel, blocks = self.numel, -(-self.numel // self.blocksize)
@@ -192,25 +191,10 @@ class NF4Weight:
         if f"{key}.quant_state.bitsandbytes__fp4" in state_dict:
             raise ValueError(f"{key} must be NF4, got FP4, which is not supported")
         meta = _read_meta(state_dict, f"{key}.{_META}")
-        _check_code(meta["quant_type"], _get(state_dict, f"{key}.quant_map"))
-        shape, nested = _check_shape(meta["shape"]), {}
-        absmax = _get(state_dict, f"{key}.absmax")
-        if "nested_offset" in meta:
-            _check_stats_group(meta["nested_blocksize"])
-            offset = torch.tensor(meta["nested_offset"], dtype=torch.float32, device=absmax.device)
-            nested = {
-                "absmax2": _get(state_dict, f"{key}.nested_absmax"),
-                "code2": _get(state_dict, f"{key}.nested_quant_map"),
-                "offset": offset,
-            }
-        return cls(
-            qweight=_as_matrix(_get(state_dict, key), shape),
-            absmax=absmax,
-            shape=shape,
-            blocksize=meta["blocksize"],
-            dtype=_BY_NAME[meta["dtype"]],
-            **nested,
-        )
+        try:
+            return cls(**_read_parts(state_dict, key, meta))
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from error
 
     def state_dict(self, key: str) -> dict[str, Tensor]:
         """The tensors that bitsandbytes writes for this weight.
@@ -271,8 +255,7 @@ def quantize_nf4(w: Tensor, blocksize: int = 64, double_quant: bool = True) -> N
         raise ValueError(f"w must be [N, K] and not empty, got {[*w.shape]}")
     if w.dtype not in FLOATS:
         raise ValueError(f"w must be fp32, fp16 or bf16, got {w.dtype}")
-    if blocksize not in BLOCKSIZES:
-        raise ValueError(f"blocksize must be one of {BLOCKSIZES}, got {blocksize}")
+    check_blocksize(blocksize)
     w = w.detach().contiguous()
     impl = backend.implementation(w.device)
     with backend.on(w.device):
@@ -351,6 +334,27 @@ def _read_meta(state_dict: Mapping[str, Tensor], key: str) -> dict[str, Any]:
             allowed = f"one of {[*_BY_NAME]}" if name == "dtype" else kind.__name__
             raise ValueError(f"{name} in {key} must be {allowed}, got {got!r}")
     return meta
+
+
+def _read_parts(state_dict: Mapping[str, Tensor], key: str, meta: dict[str, Any]) -> dict[str, Any]:
+    """What an `NF4Weight` is made of."""
+    _check_code(meta["quant_type"], _get(state_dict, f"{key}.quant_map"))
+    shape, absmax = _check_shape(meta["shape"]), _get(state_dict, f"{key}.absmax")
+    parts = {
+        "qweight": _as_matrix(_get(state_dict, key), shape),
+        "absmax": absmax,
+        "shape": shape,
+        "blocksize": meta["blocksize"],
+        "dtype": _BY_NAME[meta["dtype"]],
+    }
+    if "nested_offset" in meta:
+        _check_stats_group(meta["nested_blocksize"])
+        parts["absmax2"] = _get(state_dict, f"{key}.nested_absmax")
+        parts["code2"] = _get(state_dict, f"{key}.nested_quant_map")
+        parts["offset"] = torch.tensor(
+            meta["nested_offset"], dtype=torch.float32, device=absmax.device
+        )
+    return parts
 
 
 def _check_shape(shape: Any) -> tuple[int, int]:

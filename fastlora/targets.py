@@ -211,6 +211,25 @@ def matches(cfg: LoraConfig, path: str) -> bool:
     return path in targets or (has_suffix(path, targets) and _in_layers(cfg, path))
 
 
+def name_list(names: str | Iterable[str], option: str) -> list[str]:
+    """The names that an option takes: one, or several.
+
+    Args:
+        names: as given.
+        option: what the message calls it.
+
+    Returns:
+        A new list.
+
+    Raises:
+        ValueError: they are no names.
+    """
+    found = [names] if isinstance(names, str) else names
+    if not isinstance(found, Iterable) or not all(isinstance(n, str) and n for n in found):
+        raise ValueError(f"{option} must be names of modules, got {names!r}")
+    return [*found]
+
+
 def has_suffix(path: str, names: Iterable[str]) -> bool:
     """Whether a path is one of the names or ends with "." and one."""
     return any(path == name or path.endswith(f".{name}") for name in names)
@@ -249,10 +268,10 @@ def quantizable(
         path -> layer to quantise or adopt, and path -> reason for every other linear layer.
 
     Raises:
-        ValueError: a name matches nothing, a layer has hooks or has adapters already.
+        ValueError: skip_modules are no names or match nothing, or a layer has hooks or adapters.
     """
     check_no_peft(model)
-    skip_modules = [skip_modules] if isinstance(skip_modules, str) else [*skip_modules]
+    skip_modules = name_list(skip_modules, "skip_modules")
     sites = [*walk(model)]
     unknown = {name for name in skip_modules if not any(has_suffix(s.path, [name]) for s in sites)}
     if unknown - {"lm_head"}:  # the default, which not every model has

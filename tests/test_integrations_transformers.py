@@ -316,7 +316,7 @@ def fp4(tensors):
         (drop_bytes, KeyError, rf"must have {PATH}.weight, got none"),
         (drop_statistics, KeyError, rf"must have {PATH}.weight.absmax, got none"),
         (drop_all_statistics, KeyError, rf"must have {PATH}.{META}, got none"),
-        (cut_bytes, ValueError, r"qweight must hold 4096 bytes"),
+        (cut_bytes, ValueError, rf"{PATH}.weight: qweight must hold 4096 bytes"),
         (another_shape, RuntimeError, r"ignore_mismatched_sizes"),
         (an_embedding, ValueError, r"embed_tokens.weight must be dense in Embedding, got 4 bits"),
         (fp4, ValueError, rf"{PATH}.weight must be NF4, got FP4"),

@@ -135,6 +135,12 @@ def test_import_is_lean():
     assert not {"fastlora.gpu", "triton", "torch._dynamo"} & set(modules)  # slow, and rarely needed
 
 
+def test_import_for_transformers_is_lean():
+    pytest.importorskip("transformers")
+    modules = run_python("import sys, fastlora.integrations.transformers; print(*sys.modules)")
+    assert not {"peft", "bitsandbytes", "transformers.trainer"} & {*modules.split()}
+
+
 def test_wheel_contents(wheel_without_compiler):
     rooms = {
         "fastlora": "fastlora",

@@ -282,6 +282,11 @@ def test_experts_stay_dense_and_that_is_said(tmp_path):
 def test_what_is_not_supported_is_refused(tmp_path):
     for bad, message in (
         ({"blocksize": 48}, r"blocksize must be one of .*, got 48"),
+        ({"blocksize": 64.0}, r"blocksize must be one of .*, got 64\.0"),
+        ({"blocksize": "64"}, r"blocksize must be one of .*, got '64'"),
+        ({"double_quant": "no"}, r"double_quant must be True or False, got 'no'"),
+        ({"skip_modules": None}, r"skip_modules must be names of modules, got None"),
+        ({"skip_modules": (1,)}, r"skip_modules must be names of modules, got \(1,\)"),
         ({"quant_method": "awq"}, r"quant_method must be 'fastlora', got 'awq'"),
     ):
         with pytest.raises(ValueError, match=message):

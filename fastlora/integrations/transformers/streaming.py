@@ -11,7 +11,7 @@ from transformers.quantizers import register_quantization_config, register_quant
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fastlora import targets
-from fastlora.codebooks import BLOCKSIZES
+from fastlora.codebooks import check_blocksize
 from fastlora.integrations.transformers.formats import METHOD
 from fastlora.integrations.transformers.quantizer import NF4Quantizer
 from fastlora.integrations.transformers.tensors import dense_stacks
@@ -36,7 +36,7 @@ class FastLoraConfig(QuantizationConfigMixin):
         quant_method: how config.json names it; nothing else is taken.
 
     Raises:
-        ValueError: the blocksize or the quant_method is another one.
+        ValueError: one of them is something else.
     """
 
     def __init__(
@@ -46,12 +46,13 @@ class FastLoraConfig(QuantizationConfigMixin):
         skip_modules: Sequence[str] = ("lm_head",),
         quant_method: str = METHOD,
     ) -> None:
-        if blocksize not in BLOCKSIZES:
-            raise ValueError(f"blocksize must be one of {BLOCKSIZES}, got {blocksize}")
+        check_blocksize(blocksize)
+        if type(double_quant) is not bool:
+            raise ValueError(f"double_quant must be True or False, got {double_quant!r}")
         if quant_method != METHOD:
             raise ValueError(f"quant_method must be {METHOD!r}, got {quant_method!r}")
         self.blocksize, self.double_quant = blocksize, double_quant
-        self.skip_modules = [skip_modules] if isinstance(skip_modules, str) else [*skip_modules]
+        self.skip_modules = targets.name_list(skip_modules, "skip_modules")
         self.quant_method = quant_method
 
 

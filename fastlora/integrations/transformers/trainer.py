@@ -2,14 +2,16 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import Trainer, TrainingArguments
 
 from fastlora.optim import AdamW, AdamW8bit, PagedAdamW, PagedAdamW8bit
 from fastlora.optim.groups import lora_plus_groups, trained
 from fastlora.optim.store import PageBudget
+
+if TYPE_CHECKING:  # they import PEFT and bitsandbytes, where these are installed
+    from transformers import TrainingArguments
 
 OPTIMIZERS = {
     "adamw": AdamW,
@@ -20,7 +22,7 @@ OPTIMIZERS = {
 
 
 def optimizer_cls_and_kwargs(
-    args: TrainingArguments,
+    args: "TrainingArguments",
     name: str = "paged_adamw8bit",
     model: nn.Module | None = None,
     *,
@@ -70,11 +72,15 @@ def optimizer_cls_and_kwargs(
     return OPTIMIZERS[name], kwargs
 
 
-def _groups(model: nn.Module, args: TrainingArguments, ratio: float | None) -> list[dict[str, Any]]:
+def _groups(
+    model: nn.Module, args: "TrainingArguments", ratio: float | None
+) -> list[dict[str, Any]]:
     """Parameters by name, of one learning rate and one decay each."""
     groups: Sequence[dict[str, Any]] = [{"params": trained(model)}]
     if ratio is not None:
         groups = lora_plus_groups(model, args.learning_rate, ratio)
+    from transformers import Trainer
+
     # reads nothing of the trainer, and there is none yet
     decayed = {*Trainer.get_decay_parameter_names(None, model)}
     found = []
