@@ -8,6 +8,7 @@ from contextlib import suppress
 
 import pytest
 import torch
+from helpers import DEVICE
 from peft_helpers import (
     MARKS,
     adapted,
@@ -273,3 +274,20 @@ def test_rows_that_are_no_whole_blocks():
         pytest.skip("the installed bitsandbytes is right here")
     fastlora.patch_peft(model)
     torch.testing.assert_close(model(x), exact)
+
+
+def test_rows_that_end_within_a_block_are_decoded_wrongly_on_cpus():
+    """bitsandbytes decodes each row as if a block began with it, but blocks run on over rows."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    linear = torch.nn.Linear(96, 16, bias=False)
+    layer = bitsandbytes.nn.Linear4bit(96, 16, bias=False, quant_type="nf4")
+    layer.load_state_dict(linear.state_dict())
+    plain = peft.get_peft_model(
+        torch.nn.Sequential(layer).to(DEVICE), config(target_modules=["0"], init_lora_weights=True)
+    )
+    x = torch.randn(5, 96, device=DEVICE)
+    exact = x @ fastlora.dequantize_nf4(fastlora.quantize_nf4(linear.weight.to(DEVICE))).T
+    got = patched(copy.deepcopy(plain))(x)
+    assert_same(got.detach(), exact)
+    if torch.allclose(plain(x), exact, atol=1e-4):
+        pytest.skip("the installed bitsandbytes decodes them rightly")

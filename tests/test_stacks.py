@@ -112,19 +112,11 @@ def test_axolotl_itself(forgotten):
     from axolotl.utils.config import validate_config
     from axolotl.utils.dict import DictDefault
 
-    name = "fastlora.integrations.axolotl.FastLoraPlugin"
-    settings = dict(
-        base_model="my-model",
-        adapter="lora",
-        lora_r=4,
-        lora_alpha=8,
-        lora_target_linear=True,
-        datasets=[{"path": "data.jsonl", "type": "alpaca"}],
-        micro_batch_size=1,
-        gradient_accumulation_steps=1,
-        learning_rate=1e-4,
-        num_epochs=1,
-    )
+    yaml = pytest.importorskip("yaml")
+    (text,) = blocks("yaml axolotl")
+    recipe = yaml.safe_load(text)
+    (name,) = recipe["plugins"]
+    settings = {key: value for key, value in recipe.items() if key != "plugins"}
     machine = {
         "capabilities": {"bf16": True, "n_gpu": 1, "compute_capability": "sm_90"},
         "env_capabilities": {"torch_version": "2.13.0"},
@@ -132,7 +124,7 @@ def test_axolotl_itself(forgotten):
     kernels = import_module("fastlora.integrations.axolotl").KERNELS
     alone = validate_config(DictDefault(settings), **machine)
     assert all(alone[kernel] for kernel in kernels), "Axolotl turns them on itself"
-    cfg, manager = DictDefault(settings | {"plugins": [name]}), PluginManager.get_instance()
+    cfg, manager = DictDefault(recipe), PluginManager.get_instance()
     manager.register(name)
     manager.plugins[name].register(cfg)
     cfg = validate_config(cfg, **machine)

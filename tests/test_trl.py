@@ -126,17 +126,22 @@ def test_sft_trains_evaluates_and_goes_on(folder, tmp_path, reentrant):
         assert torch.equal(parameter, trained(again.model)[name]), name
 
 
+def preferences():
+    return datasets.Dataset.from_list(
+        [
+            {"prompt": f"{n} 5 9", "chosen": f" {20 + n} 30", "rejected": f" {40 + n} 50"}
+            for n in range(8)
+        ]
+    )
+
+
 @pytest.mark.usefixtures("enabled")
 def test_dpo_has_the_model_without_adapters_as_its_reference(folder, tmp_path):
-    rows = [
-        {"prompt": f"{n} 5 9", "chosen": f" {20 + n} 30", "rejected": f" {40 + n} 50"}
-        for n in range(8)
-    ]
     args = DPOConfig(str(tmp_path / "run"), max_steps=6, activation_checkpointing=True, **COMMON)
     trainer = DPOTrainer(
         folder,
         args=args,
-        train_dataset=datasets.Dataset.from_list(rows),
+        train_dataset=preferences(),
         peft_config=lora(),
         quantization_config=FastLoraConfig(),
     )
@@ -144,5 +149,27 @@ def test_dpo_has_the_model_without_adapters_as_its_reference(folder, tmp_path):
     trainer.train()
     losses = losses_of(trainer)
     # equal at first, as new adapters change nothing, and ever after if they were not switched off
+    assert losses[0] == pytest.approx(torch.tensor(2.0).log().item(), abs=1e-4)
+    check(trainer, losses)
+
+
+def test_dpo_with_adapters_of_add_lora_needs_no_second_model(folder, tmp_path):
+    """TRL takes them for weights: it asks the model itself, before it is trained."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=FastLoraConfig()
+    )
+    fastlora.prepare_for_training(fastlora.add_lora(model, fastlora.LoraConfig(r=4)))
+    args = DPOConfig(
+        str(tmp_path / "run"),
+        max_steps=6,
+        activation_checkpointing=True,
+        precompute_ref_log_probs=True,
+        **COMMON,
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    trainer = DPOTrainer(model, args=args, train_dataset=preferences(), processing_class=tokenizer)
+    assert trainer.ref_model is None
+    trainer.train()
+    losses = losses_of(trainer)
     assert losses[0] == pytest.approx(torch.tensor(2.0).log().item(), abs=1e-4)
     check(trainer, losses)
