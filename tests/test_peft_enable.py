@@ -69,6 +69,26 @@ def test_get_peft_model(base, enabled):
     assert not any(isinstance(m, FastLora) for m in plain.modules())
 
 
+def test_adapters_of_several_kinds_on_a_model(enabled):
+    def mixed():
+        torch.manual_seed(0)
+        model = peft.get_peft_model(dense(), config(), mixed=True).train()
+        loha = peft.LoHaConfig(target_modules=["q_proj"], init_weights=False)
+        model.add_adapter("loha", loha)
+        model.add_adapter("more", config(target_modules=["k_proj"]))
+        model.set_adapter(["default", "loha", "more"])
+        return model
+
+    fast = mixed()
+    fastlora.disable()
+    plain = mixed()
+    report = fastlora.patch_peft(fast)
+    assert report.fast == 14, report
+    assert_same(step(fast), step(plain))
+    assert_same(output(fast.merge_and_unload()), output(plain.merge_and_unload()))
+    assert not any(isinstance(m, FastLora) for m in plain.modules())
+
+
 def test_a_saved_adapter_on_a_model(saved, enabled):
     from transformers import AutoModelForCausalLM
 

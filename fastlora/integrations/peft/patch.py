@@ -3,14 +3,14 @@
 from collections.abc import Iterator
 
 from peft import LoraConfig
-from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from fastlora.integrations.peft import bases, fast, swap
 from fastlora.integrations.peft.features import check_config
 from fastlora.integrations.peft.layers import FastLora
 from fastlora.integrations.peft.report import PatchReport, PatchRow
-from fastlora.integrations.peft.tuner import FastLoraModel
+from fastlora.integrations.peft.tuner import FAST_TUNERS
 from fastlora.targets import is_bnb
 
 
@@ -43,7 +43,7 @@ def patch_peft(model: nn.Module) -> PatchReport:
             if name in configs:
                 _check(path, configs[name], layer)
     swap.check_bases(model)
-    swap.swap(model, {**swap.classes(), LoraModel: FastLoraModel})
+    swap.swap(model, {**swap.classes(), **FAST_TUNERS})
     return PatchReport(tuple(_rows(model)))
 
 
@@ -53,7 +53,7 @@ def unpatch_peft(model: nn.Module) -> None:
     Args:
         model: patched or not, or made after `enable`.
     """
-    found = {**swap.classes(), LoraModel: FastLoraModel}
+    found = {**swap.classes(), **FAST_TUNERS}
     swap.swap(model, {new: old for old, new in found.items()})
 
 

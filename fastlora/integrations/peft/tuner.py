@@ -1,10 +1,11 @@
-"""PEFT's `LoraModel` that makes fast layers, and knows when merging would be wrong."""
+"""PEFT's tuners that make fast layers, and know when merging would be wrong."""
 
 from typing import Any
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 from peft.tuners.lora import LoraModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.mixed import MixedModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from fastlora.integrations.peft import swap
@@ -42,3 +43,22 @@ class FastLoraModel(LoraModel):
                     "merging needs layers with weights of their own, got layer_replication in "
                     f"adapter {name!r}, whose layers share them"
                 )
+
+
+class FastMixedModel(MixedModel):
+    """What the `MixedModel` becomes, whose adapters are of several kinds; LoRA's are fast."""
+
+    @staticmethod
+    def _create_new_module(
+        config: PeftConfig, adapter_name: str, target: nn.Module, **kwargs: Any
+    ) -> nn.Module:
+        new = MixedModel._create_new_module(config, adapter_name, target, **kwargs)
+        # layers of other adapters inside are somebody else's decision
+        new.__class__ = swap.classes().get(type(new), type(new))
+        return new
+
+
+FAST_TUNERS: dict[type[BaseTuner], type[BaseTuner]] = {
+    LoraModel: FastLoraModel,
+    MixedModel: FastMixedModel,
+}
