@@ -145,17 +145,17 @@ def _fastlora(problem: StepProblem, mode: str, chunked_loss: bool) -> TrainingSt
     return _step(problem, model, layers)
 
 
-def _peft(problem: StepProblem, mode: str, patched: bool) -> TrainingStep:
-    return _with_peft(problem, mode, problem.dense(), patched)
+def _peft(problem: StepProblem, mode: str, **ours: bool) -> TrainingStep:
+    return _with_peft(problem, mode, problem.dense(), **ours)
 
 
-def _peft_bitsandbytes(problem: StepProblem, mode: str, patched: bool) -> TrainingStep:
+def _peft_bitsandbytes(problem: StepProblem, mode: str, **ours: bool) -> TrainingStep:
     model = copy.deepcopy(problem.model)
     for path in problem.adapters:
         model.set_submodule(path, _bitsandbytes(model.get_submodule(path)))
     # transformers says so of its models; without it PEFT takes its class for dense layers
     model.is_loaded_in_4bit = True
-    return _with_peft(problem, mode, model, patched)
+    return _with_peft(problem, mode, model, **ours)
 
 
 def _bitsandbytes(layer: nn.Linear) -> nn.Module:
@@ -168,13 +168,21 @@ def _bitsandbytes(layer: nn.Linear) -> nn.Module:
     return new.to(layer.weight.device)
 
 
-def _with_peft(problem: StepProblem, mode: str, model: nn.Module, patched: bool) -> TrainingStep:
+def _with_peft(
+    problem: StepProblem,
+    mode: str,
+    model: nn.Module,
+    patched: bool = False,
+    chunked_loss: bool = False,
+) -> TrainingStep:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(**_lora(problem, mode), target_modules="all-linear")
     model = get_peft_model(model, config)
     if patched:
         assert not fastlora.patch_peft(model).fallbacks
+    if chunked_loss:
+        fastlora.prepare_for_training(model)
     layers = [model.base_model.model.get_submodule(path) for path in problem.adapters]
     return _step(problem, model, layers)
 
@@ -224,13 +232,16 @@ def _parts(call: TrainingStep) -> dict[str, float]:
 _PACKAGES = ("transformers", "peft")
 
 
-def _patched_or_not(
+def _inside_peft(
     name: str, build: Callable[..., TrainingStep], variant: str, *packages: str
 ) -> list[Provider]:
-    packages, patched = (*_PACKAGES, *packages), f"{variant} patched".strip()
+    """PEFT alone, with one line of ours, and with two."""
+    ways = {"": {}, "patched": {"patched": True}}
+    ways["patched, chunked loss"] = {"patched": True, "chunked_loss": True}
+    packages = *_PACKAGES, *packages
     return [
-        Provider(name, partial(build, patched=False), variant, packages),
-        Provider(name, partial(build, patched=True), patched, packages),
+        Provider(name, partial(build, **ours), f"{variant} {way}".strip(), packages)
+        for way, ours in ways.items()
     ]
 
 
@@ -241,8 +252,8 @@ STEP = Benchmark(
     small={"tiny": {**_TINY, **_STEP, "length": 16, "R": 4}},
     problem=_problem,
     providers=(
-        *_patched_or_not("peft+bitsandbytes", _peft_bitsandbytes, "", "bitsandbytes"),
-        *_patched_or_not("peft", _peft, "dense"),
+        *_inside_peft("peft+bitsandbytes", _peft_bitsandbytes, "", "bitsandbytes"),
+        *_inside_peft("peft", _peft, "dense"),
         Provider(
             "fastlora", partial(_fastlora, chunked_loss=False), "full logits", ("transformers",)
         ),

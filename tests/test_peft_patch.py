@@ -317,6 +317,17 @@ def test_mixed_models_are_patched():
     assert_same(step(patched(model)), expected)
 
 
+@EVERY
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_chunked_loss_goes_with_patched_models(base, checkpointing):
+    plain, fast = twins(base)
+    fastlora.prepare_for_training(fast, gradient_checkpointing=checkpointing)
+    patched(fast)
+    assert_same(step(fast), step(plain))
+    assert fast(input_ids=tokens(), labels=tokens()).logits is None
+    assert [*fast.state_dict()] == [*plain.state_dict()]
+
+
 def test_convolutions_and_experts_are_left_alone():
     class Model(nn.Module):
         def __init__(self):
