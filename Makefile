@@ -19,13 +19,14 @@ SOURCES := pyproject.toml setup.py MANIFEST.in $(wildcard csrc/*)
 STAMP := $(VENV)/.fastlora
 
 .DELETE_ON_ERROR:
-.PHONY: help install demo model minilm test test-kernels test-slow lint format bench clean
+.PHONY: help install demo model minilm test test-kernels test-peft test-slow lint format bench clean
 
 help:
 	@echo "make demo       fine-tune a small real model in 4 bit, minutes on two cores"
 	@echo "make test       the test suite without what takes minutes, test-kernels included"
 	@echo "make test-kernels  Triton kernels in Triton's interpreter, which needs no GPU"
 	@echo "make test-slow  what takes minutes"
+	@echo "make test-peft  PEFT's own tests of LoRA, without and with fast layers"
 	@echo "make lint       ruff, pydoclint, clang-format"
 	@echo "make format     let ruff and clang-format rewrite the files"
 	@echo "make bench      microbenchmarks on this machine"
@@ -54,7 +55,7 @@ $(STAMP)-hf $(STAMP)-all: $(STAMP)-%: $(STAMP)-torch $(SOURCES)
 install: $(STAMP)-all
 
 # threads that spin at barriers make training several times slower on a machine with other work
-demo test test-kernels test-slow: export OMP_WAIT_POLICY ?= PASSIVE
+demo test test-kernels test-slow test-peft: export OMP_WAIT_POLICY ?= PASSIVE
 
 demo: $(if $(wildcard $(STAMP)-all),$(STAMP)-all,$(STAMP)-hf)
 	$(VENV)/bin/fastlora demo
@@ -78,6 +79,10 @@ minilm: $(STAMP)-all
 
 test-slow: model minilm
 	$(PY) -m pytest --durations=10 -m slow $(PYTEST_ARGS)
+
+# fetches the source of the installed PEFT, once
+test-peft: $(STAMP)-all
+	$(PY) tests/peft_suite
 
 lint: $(STAMP)-all
 	$(PY) -m ruff check .
