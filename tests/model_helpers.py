@@ -146,3 +146,12 @@ def logits(model: nn.Module) -> Tensor:
 
 def clone(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model)
+
+
+def replica(module: nn.Module) -> nn.Module:
+    """What nn.DataParallel makes of a model for each device: parameters are plain tensors."""
+    new = module._replicate_for_data_parallel()
+    for name, parameter in module._parameters.items():
+        setattr(new, name, None if parameter is None else parameter.clone())
+    new._modules = {name: replica(child) for name, child in module._modules.items()}
+    return new

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from helpers import DEVICE, FLOOR, assert_as_accurate
-from model_helpers import llama, tokens
+from model_helpers import llama, replica, tokens
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -725,14 +725,6 @@ def test_a_copy_of_a_layer_stands_alone(kind, calls):
     assert calls == [3, 1]
     close(y, module.k_proj(x))
     assert calls == [3, 1]
-
-
-def replica(module: nn.Module) -> nn.Module:
-    """What nn.DataParallel makes of a model for each device."""
-    new = module._replicate_for_data_parallel()
-    new._parameters = module._parameters
-    new._modules = {name: replica(child) for name, child in module._modules.items()}
-    return new
 
 
 def test_replicas_stand_alone(calls):

@@ -18,6 +18,7 @@ from peft_helpers import (
     bnb,
     config,
     dense,
+    ours,
     output,
     patched,
     peft,
@@ -176,6 +177,14 @@ def test_modules_to_save_and_initialisations(enabled):
         assert_fast(fast)
 
 
+def test_orthogonal_initialisation_over_our_layers(enabled):
+    model = peft.get_peft_model(ours(), config(init_lora_weights="orthogonal")).train()
+    assert_fast(model)
+    a = model.get_submodule(f"base_model.model.{Q}").lora_A["default"].weight
+    assert a.isfinite().all()
+    assert all(grad.isfinite().all() for grad in step(model).values())
+
+
 def test_lora_with_other_tuners_is_left_alone(enabled):
     settings = peft.AdaLoraConfig(target_modules=["q_proj"], total_step=10, init_r=4, target_r=2)
     model = peft.get_peft_model(dense(), settings)
@@ -327,9 +336,9 @@ def test_what_peft_says_of_a_model(enabled):
     assert status.adapter_model_type == "FastLoraModel"
     assert dataclasses.replace(status, adapter_model_type="LoraModel") == expected
     assert status.num_adapter_layers == 14
-    for ours, theirs in zip(fast.get_layer_status(), plain.get_layer_status(), strict=True):
-        assert ours.name == theirs.name
-        assert ours.active_adapters == theirs.active_adapters
+    for mine, theirs in zip(fast.get_layer_status(), plain.get_layer_status(), strict=True):
+        assert mine.name == theirs.name
+        assert mine.active_adapters == theirs.active_adapters
 
 
 @EVERY

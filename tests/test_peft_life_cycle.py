@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from helpers import DEVICE
 from model_helpers import tokens
 from peft_helpers import (
     EVERY,
@@ -22,6 +23,7 @@ from peft_helpers import (
     twins,
     without_repacking,
 )
+from torch import nn
 
 import fastlora
 from fastlora.nn import Linear4bit
@@ -230,6 +232,31 @@ def test_what_merging_leaves_behind(base):
     merged = model.merge_and_unload()
     assert {type(merged.get_submodule("model.layers.0.mlp.up_proj"))} == kinds
     assert not any("lora" in name for name in merged.state_dict())
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32], ids=str)
+def test_weights_stored_as_other_types_are_merged(storage):
+    """As FSDP wants them, which shards floats."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+
+    def made(kind):
+        torch.manual_seed(0)
+        layer = bitsandbytes.nn.Linear4bit(
+            64, 32, quant_type="nf4", compute_dtype=torch.float32, quant_storage=kind
+        )
+        model = nn.Sequential(layer).to(DEVICE)
+        model.is_loaded_in_4bit = True
+        return patched(peft.inject_adapter_in_model(config(target_modules=["0"]), model))
+
+    model, expected = made(storage), made(torch.uint8)
+    x = torch.randn(3, 64, device=DEVICE)
+    for act in ("merge", "unmerge"):
+        for each in (model, expected):
+            getattr(each[0], act)()
+        weight = model[0].base_layer.weight
+        assert weight.dtype == storage
+        assert weight.shape[1] == 1
+        assert torch.equal(model(x), expected(x))
 
 
 def test_merging_keeps_what_bitsandbytes_knows_of_a_weight():

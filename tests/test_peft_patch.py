@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from helpers import DEVICE, assert_as_accurate
-from model_helpers import gpt2, plain, tokens
+from model_helpers import gpt2, plain, replica, tokens
 from peft_helpers import (
     BASES,
     EVERY,
@@ -282,7 +282,7 @@ def test_peft_runs_visibly_what_we_do_not(reason):
     same = first(model)(x)
     fastlora.unpatch_peft(model)
     torch.manual_seed(1)
-    assert torch.equal(first(model)(x), same)
+    assert_same(first(model)(x).detach(), same.detach())
 
 
 def test_hooks_on_all_modules_are_called():
@@ -314,7 +314,10 @@ def test_mixed_models_are_patched():
     model.add_adapter("loha", peft.LoHaConfig(target_modules=["q_proj"]))
     model.set_adapter(["default", "loha"])
     expected = step(model)
-    assert_same(step(patched(model)), expected)
+    report = fastlora.patch_peft(model)
+    assert report.fast == 14
+    assert {*report.fallbacks.values()} == {"peft.tuners.loha.layer.Linear is left alone"}
+    assert_same(step(model), expected)
 
 
 @EVERY
@@ -381,6 +384,64 @@ def test_hooks_of_accelerate_run_as_before():
     report = fastlora.patch_peft(model)
     assert [*report.fallbacks.values()] == ["its forward was replaced"]
     assert_same(output(model), expected)
+
+
+@EVERY
+def test_hooks_of_accelerate_outlive_the_patch(base):
+    """They keep the forward that they found."""
+    accelerate = pytest.importorskip("accelerate")
+    plain, fast = twins(base)
+    for layer in (first(fast), first(fast).base_layer):
+        accelerate.hooks.add_hook_to_module(layer, accelerate.hooks.ModelHook())
+    fastlora.unpatch_peft(fast)
+    without_repacking(fast)
+    assert_same(step(fast), step(plain))
+
+
+@EVERY
+def test_replicas_of_data_parallel(base):
+    model = patched(adapted(base))
+    expected = step(model)
+    model.zero_grad()
+    loss = replica(model)(input_ids=tokens(), labels=tokens()).loss
+    loss.backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert_same({"loss": loss.detach(), **grads}, expected)
+
+
+@pytest.mark.parametrize("name", ["LinearNF4", "LinearFP4"])
+def test_other_names_of_bitsandbytes_layers(name):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    cls = getattr(bitsandbytes.nn, name)
+    model = nn.Sequential(cls(64, 32, compute_dtype=torch.float32)).to(DEVICE).train()
+    model.is_loaded_in_4bit = True
+    plain = without_repacking(peft.inject_adapter_in_model(config(target_modules=["0"]), model))
+    fast = copy.deepcopy(plain)
+    report = fastlora.patch_peft(fast)
+    assert [*report.fallbacks.values()] == (
+        [] if name == "LinearNF4" else ["fp4 weights of bitsandbytes"]
+    )
+    fast.eval()(torch.randn(2, 64, device=DEVICE))  # must not repack
+    fast.train()
+    x = torch.randn(5, 64, device=DEVICE)
+    inputs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    got, expected = fast(inputs[0] * 1), plain(inputs[1] * 1)
+    assert_same(got.detach(), expected.detach())
+    got.sum().backward()
+    expected.sum().backward()
+    assert_same(inputs[0].grad, inputs[1].grad)
+    fastlora.unpatch_peft(fast)
+    assert type(fast[0].base_layer) is cls
+
+
+def test_dropout_of_everything_is_left_to_peft():
+    plain = adapted("dense", lora_dropout=1.0)
+    fast = copy.deepcopy(plain)
+    reasons = fastlora.patch_peft(fast).fallbacks.values()
+    assert {*reasons} == {"dropout leaves nothing"}
+    assert_same(step(fast), step(plain))
+    fast.eval()
+    assert not fastlora.patch_peft(fast).fallbacks
 
 
 def test_sharded_tensors_are_seen():

@@ -81,8 +81,20 @@ def test_variants_are_trained_as_plain_lora_in_4_bit(name, enabled):
             model.add_adapter("second", config(**settings))
 
 
+def test_layers_from_before_enable_get_no_plain_lora_for_a_variant_either(enabled):
+    fastlora.disable()
+    model = adapted("bnb", target_modules=["q_proj"])
+    fastlora.enable()
+    with pytest.raises(NotImplementedError, match="must be plain LoRA, got use_bdlora"):
+        model.add_adapter(
+            "second", config(target_modules=["q_proj"], use_bdlora=variant("use_bdlora"))
+        )
+
+
 @pytest.mark.parametrize("base", [bnb, ours])
 def test_the_same_variants_are_refused_by_name(base, enabled):
+    with pytest.raises(NotImplementedError, match="must be plain LoRA, got use_qalora"):
+        peft.get_peft_model(base(), config(use_qalora=True))
     with pytest.raises(NotImplementedError, match="got init_lora_weights='mica'"):
         peft.get_peft_model(base(), config(init_lora_weights="mica"))
     with pytest.raises(NotImplementedError, match="got velora_config"):
@@ -179,9 +191,15 @@ def test_replicated_layers_are_not_merged(way, enabled):
     if (output(plain) - plain_before).abs().max() < 1e-3:
         pytest.skip("the installed PEFT merges replicated layers right")
     for merge in (twin.merge_adapter, twin.merge_and_unload):
-        with pytest.raises(ValueError, match="got layer_replication in adapter 'default'"):
+        with pytest.raises(ValueError, match=r"got layer_replication: .*q_proj share theirs"):
             merge()
     assert_same(output(twin), expected)
+    # they share their weights also when another adapter is left
+    twin.add_adapter("plain", config())
+    twin.set_adapter("plain")
+    twin.delete_adapter("default")
+    with pytest.raises(ValueError, match=r"got layer_replication: .*q_proj share theirs"):
+        twin.merge_adapter()
 
 
 def repacked(model):

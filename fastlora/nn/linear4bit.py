@@ -145,7 +145,7 @@ class Linear4bit(GroupedLinear):
     def nf4(self) -> NF4Weight:
         """The weight as `NF4Weight`, a view of the parameters."""
         # at each call, and a module's attributes are slow to find
-        qweight, absmax, absmax2, code2, offset = map(self._parameters.get, _BYTES)
+        qweight, absmax, absmax2, code2, offset = map(self._parts().get, _BYTES)
         if absmax2 is None:
             tensors = qweight, _as_fp32(absmax), None, None, None
         else:
@@ -194,7 +194,13 @@ class Linear4bit(GroupedLinear):
 
     def sources(self) -> list[Tensor]:
         """All tensors that the output depends on, beside x; the weight is the first."""
-        return [part for part in self._parameters.values() if part is not None]
+        parts = self._parts()
+        found = [parts.get(name) for name in (*_BYTES, "bias")]
+        return [part for part in found if part is not None]
+
+    def _parts(self) -> dict[str, Tensor | None]:
+        """The parameters by name; a replica of `nn.DataParallel` has them as attributes."""
+        return self._parameters if "qweight" in self._parameters else vars(self)
 
     def reset_parameters(self) -> None:
         """Random weights as `nn.Linear` has them, quantised; nothing on the meta device."""

@@ -28,6 +28,8 @@ class FastLinear4bit(nn.Linear4bit):
 
     def why_not(self) -> str:
         """Why LoRA over the layer cannot run on `fastlora.ops`; empty if it can."""
+        if not isinstance(self.weight, nn.Params4bit):  # a replica of nn.DataParallel
+            fix_4bit_weight_quant_state_from_module(self)
         if self.weight.quant_type != "nf4":
             return f"{self.weight.quant_type} weights of bitsandbytes"
         return "sharded parameters" if is_sharded(self.weight) else ""
@@ -47,6 +49,8 @@ class FastLinear4bit(nn.Linear4bit):
 
     def forward(self, x: Tensor) -> Tensor:
         """y [..., N] for x [..., K], dtype of x."""
+        if not isinstance(self, FastLinear4bit):  # unpatched, but a hook has kept this method
+            return type(self).forward(self, x)
         if not self.why_not():
             return self.run(x, self.member(), 0.0)
         dtype = self.compute_dtype or x.dtype
@@ -75,7 +79,7 @@ class FastLinear4bit(nn.Linear4bit):
         packed, state = q.to_bnb()
         self.quant_state = state
         self.weight = nn.Params4bit(
-            packed.view(old.quant_storage),
+            packed.view(-1).view(old.quant_storage).view(-1, 1),
             requires_grad=False,
             quant_state=state,
             module=self,
@@ -99,6 +103,14 @@ class FastLinear4bit(nn.Linear4bit):
         packed = packed.view(N, K // 2) if K % 2 == 0 else packed.view(-1, 1)
         facts = (N, K), state.blocksize, state.dtype
         return NF4Weight.unchecked(facts, [packed, state.absmax, *stats])
+
+
+class FastLinearNF4(FastLinear4bit, nn.LinearNF4):
+    """bitsandbytes' layer by its other name."""
+
+
+class FastLinearFP4(FastLinear4bit, nn.LinearFP4):
+    """bitsandbytes' layer by its other name."""
 
 
 class FastLoraLinear4bit(FastLora, PeftLinear4bit):

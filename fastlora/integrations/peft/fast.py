@@ -8,6 +8,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from fastlora import reference
 from fastlora.integrations.peft import bases
 from fastlora.nf4 import FLOATS
 from fastlora.nn import is_hooked
@@ -105,6 +106,8 @@ def _why_not_adapter(layer: LoraLayer, name: str) -> str:
             return f"hooks on {part}"
     if type(dropout) not in (nn.Identity, nn.Dropout):
         return f"dropout is {type(dropout).__name__}"
+    if reference.dropout_threshold(_dropout(layer, name)) == reference.dropout_threshold(1.0):
+        return "dropout leaves nothing"
     for module in (a, b):
         if type(module) is not nn.Linear:
             return f"an adapter of {type(module).__name__}"

@@ -12,7 +12,7 @@ from fastlora.targets import is_bnb
 # variants of PEFT that neither read the base weight nor need a layer class of their own
 _VARIANTS = {"alora_invocation_tokens", "arrow_config"}
 # initialisations that do not read the base weight
-_INITS = (True, False, "gaussian", "eva")
+_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 def check_config(config: LoraConfig, base: nn.Module) -> None:
@@ -48,6 +48,8 @@ def _variants(config: LoraConfig) -> set[str]:
     """The fields of a config that ask for more than plain LoRA."""
     asked = {f.name for f in fields(config) if f.metadata.get("is_lora_variant")}
     asked = {name for name in asked if getattr(config, name)}
+    if getattr(config, "use_qalora", False):  # which PEFT knows over GPTQ only
+        asked.add("use_qalora")
     for field in fields(config):
         if config.init_lora_weights in field.metadata.get("lora_variants", ()):
             asked.add(f"init_lora_weights={config.init_lora_weights!r}")

@@ -19,6 +19,8 @@ class FastLora:
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y [..., N] for x [..., K]; by PEFT's own forward where there is a reason."""
+        if not isinstance(self, FastLora):  # unpatched, but a hook of accelerate kept this method
+            return type(self).forward(self, x, *args, **kwargs)
         if fast.why_not_call(args, kwargs) or fast.why_not(self):
             return super().forward(x, *args, **kwargs)
         return fast.forward(self, x)

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from fastlora.integrations.peft import bases, fast, swap
@@ -76,29 +78,22 @@ def _check(path: str, config: LoraConfig, layer: LoraLayer) -> None:
 def _rows(model: nn.Module) -> Iterator[PatchRow]:
     under = set()
     for path, module in model.named_modules():
-        if isinstance(module, LoraLayer):
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, TrainableTokensLayer):
             base = module.get_base_layer()
             under.add(base)
             reason = _reason(module)
-            yield PatchRow(
-                layer=path,
-                weight=bases.kind(base),
-                adapters=", ".join(_adapters(module)),
-                path="peft" if reason else "fast",
-                reason=reason,
-            )
+            kind, names = bases.kind(base), ", ".join(_adapters(module))
+            yield PatchRow(path, kind, names, "peft" if reason else "fast", reason)
         elif is_bnb(module) and module not in under:
-            taken = bases.is_4bit(module)
-            yield PatchRow(
-                layer=path,
-                weight=bases.kind(module),
-                adapters="",
-                path="base" if taken else "peft",
-                reason="no adapter" if taken else f"{type(module).__name__} is left alone",
-            )
+            own = getattr(module, "why_not", None)
+            reason = own() if own else f"{type(module).__name__} is left alone"
+            path_ = "peft" if reason else "base"
+            yield PatchRow(path, bases.kind(module), "", path_, reason or "no adapter")
 
 
-def _reason(layer: LoraLayer) -> str:
+def _reason(layer: BaseTunerLayer) -> str:
+    if not isinstance(layer, LoraLayer):
+        return f"{type(layer).__module__}.{type(layer).__name__} is left alone"
     if not isinstance(layer, FastLora):
         return f"{type(layer).__name__} is left alone"
     if "forward" in vars(layer):
@@ -106,6 +101,6 @@ def _reason(layer: LoraLayer) -> str:
     return fast.why_not(layer)
 
 
-def _adapters(layer: LoraLayer) -> Iterator[str]:
-    for name in (*layer.lora_A, *layer.lora_embedding_A):
+def _adapters(layer: BaseTunerLayer) -> Iterator[str]:
+    for name in sorted(layer._get_available_adapters()):
         yield f"{name}*" if name in layer.active_adapters else name

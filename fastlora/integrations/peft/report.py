@@ -27,14 +27,15 @@ class PatchReport:
     """The layers of a model at the time of the call; `patch_peft` again gives a newer one.
 
     Attributes:
-        rows: one for each LoRA layer, and for each 4-bit layer of bitsandbytes without one.
+        rows: one for each layer with adapters, also of other kinds than LoRA, and for each 4-bit
+            layer of bitsandbytes without any.
     """
 
     rows: tuple[PatchRow, ...]
 
     @property
     def fast(self) -> int:
-        """How many layers run on `fastlora.ops`."""
+        """How many layers with adapters run on `fastlora.ops`."""
         return sum(row.path == "fast" for row in self.rows)
 
     @property
@@ -47,5 +48,6 @@ class PatchReport:
         lines = [tuple(vars(row).values()) for row in self.rows]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         padded = [[c.ljust(n) for c, n in zip(line, widths, strict=True)] for line in lines]
-        head = f"{self.fast} of {len(self.rows)} layers run on fastlora"
+        ours = len(self.rows) - len(self.fallbacks)
+        head = f"{ours} of {len(self.rows)} layers run on fastlora"
         return "\n".join([head, *("  ".join(cells).rstrip() for cells in padded)])

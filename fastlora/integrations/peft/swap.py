@@ -16,9 +16,15 @@ def classes() -> dict[type, type]:
         import bitsandbytes
         from peft.tuners.lora.bnb import Linear4bit
 
-        from fastlora.integrations.peft.bnb import FastLinear4bit, FastLoraLinear4bit
+        from fastlora.integrations.peft import bnb
 
-        found |= {Linear4bit: FastLoraLinear4bit, bitsandbytes.nn.Linear4bit: FastLinear4bit}
+        theirs = bitsandbytes.nn
+        found |= {
+            Linear4bit: bnb.FastLoraLinear4bit,
+            theirs.Linear4bit: bnb.FastLinear4bit,
+            theirs.LinearNF4: bnb.FastLinearNF4,
+            theirs.LinearFP4: bnb.FastLinearFP4,
+        }
     return found
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from fastlora.integrations.peft import swap
 from fastlora.integrations.peft.features import check_config
+from fastlora.integrations.peft.layers import FastLora
 
 
 class FastLoraModel(LoraModel):
@@ -24,25 +25,36 @@ class FastLoraModel(LoraModel):
         swap.swap(model, bases)
         super().inject_adapter(model, *args, **kwargs)
 
+    def _create_and_replace(
+        self, lora_config: LoraConfig, adapter_name: str, target: nn.Module, *args: Any, **kw: Any
+    ) -> None:
+        # also of layers that are there already, made before enable()
+        nested = isinstance(target, BaseTunerLayer)
+        check_config(lora_config, target.get_base_layer() if nested else target)
+        super()._create_and_replace(lora_config, adapter_name, target, *args, **kw)
+
     @staticmethod
     def _create_new_module(
         lora_config: LoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any
     ) -> nn.Module:
-        nested = isinstance(target, BaseTunerLayer)
-        check_config(lora_config, target.get_base_layer() if nested else target)
         new = LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
         swap.swap(new, swap.classes())
         return new
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
-        # PEFT looks for the field in a dict of adapters, where it never is
-        for name, config in self.peft_config.items():
-            if getattr(config, "layer_replication", None):
-                raise ValueError(
-                    "merging needs layers with weights of their own, got layer_replication in "
-                    f"adapter {name!r}, whose layers share them"
-                )
+        # PEFT looks for layer_replication in a dict of adapters, where it never is; and layers
+        # share their weights even when the adapter that asked for it is gone
+        owners: dict[int, str] = {}
+        for path, layer in self.model.named_modules():
+            if isinstance(layer, FastLora):
+                weight = id(next(layer.get_base_layer().parameters()))
+                if weight in owners:
+                    raise ValueError(
+                        "merging needs layers with weights of their own, got layer_replication: "
+                        f"{owners[weight]} and {path} share theirs"
+                    )
+                owners[weight] = path
 
 
 class FastMixedModel(MixedModel):
