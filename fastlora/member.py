@@ -95,6 +95,11 @@ def unflatten(flat: Flat) -> list[Member]:
     return [_member(*of_one) for of_one in zip(facts, parts, flat.scales, strict=True)]
 
 
+def sizes(facts: Sequence[int]) -> list[tuple[int, int]]:
+    """N and K of each member, from `Flat.facts`."""
+    return [(N, K) for _, N, K, *_ in _chunks(facts)]
+
+
 def split(tensors: Sequence[T], facts: Sequence[int]) -> list[dict[str, T | list[T]]]:
     """What belongs to each member: "weight" (a list), and "bias", "a", "b" where there are.
 

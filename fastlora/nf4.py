@@ -249,13 +249,15 @@ def quantize_nf4(w: Tensor, blocksize: int = 64, double_quant: bool = True) -> N
         The quantised weight on w's device; its `dtype` is w's.
 
     Raises:
-        ValueError: w is not 2-D, is empty, has another dtype, or holds NaN or Inf (counted).
+        ValueError: w is not 2-D, is empty, has another dtype, is fake or a subclass that wraps
+            other tensors, or holds NaN or Inf (counted).
     """
     if w.ndim != 2 or w.numel() == 0:
         raise ValueError(f"w must be [N, K] and not empty, got {[*w.shape]}")
     if w.dtype not in FLOATS:
         raise ValueError(f"w must be fp32, fp16 or bf16, got {w.dtype}")
     check_blocksize(blocksize)
+    _check_memory("w", w)
     w = w.detach().contiguous()
     impl = backend.implementation(w.device)
     with backend.on(w.device):
@@ -285,13 +287,26 @@ def dequantize_nf4(q: NF4Weight, dtype: torch.dtype | None = None) -> Tensor:
         [N, K] on q's device.
 
     Raises:
-        ValueError: dtype is another one.
+        ValueError: dtype is another one, or q is of fake tensors.
     """
     dtype = q.dtype if dtype is None else dtype
     if dtype not in FLOATS:
         raise ValueError(f"dtype must be fp32, fp16 or bf16, got {dtype}")
+    _check_memory("q", q.qweight)
     with backend.on(q.device):
         return next(iter(backend.implementation(q.device).dequantize([q], dtype)))
+
+
+def has_memory(t: Tensor) -> bool:
+    """Whether a kernel may read it; not a subclass that is fake, or wraps other tensors."""
+    # what a class has that leaves operations to PyTorch
+    left = torch._C._disabled_torch_dispatch_impl
+    return getattr(type(t), "__torch_dispatch__", left) is left
+
+
+def _check_memory(name: str, t: Tensor) -> None:
+    if not has_memory(t):
+        raise ValueError(f"{name} must be a tensor with memory of its own, got {type(t).__name__}")
 
 
 def _as_matrix(packed: Tensor, shape: tuple[int, int]) -> Tensor:

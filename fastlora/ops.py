@@ -1,4 +1,4 @@
-"""Public functional ops: checks, autograd, and the way into a graph of torch.compile.
+"""Public functional ops: checks, autograd, and what a graph or a dispatch mode sees of them.
 
 Names: M tokens, K in_features, N out_features, R rank.
 """
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from fastlora import backend, passes, plan, reference
+from fastlora import backend, flops, passes, plan, reference
 from fastlora.loss import linear_cross_entropy as linear_cross_entropy
 from fastlora.member import Flat, Member, flatten, split, unflatten
-from fastlora.nf4 import FLOATS, NF4Weight
+from fastlora.nf4 import FLOATS, NF4Weight, has_memory
 
 
 def nf4_linear(x: Tensor, q: NF4Weight, bias: Tensor | None = None) -> Tensor:
@@ -135,10 +135,20 @@ def _apply(
     x: Tensor, members: Sequence[Member], state: Tensor | None, p: float
 ) -> tuple[Tensor, ...]:
     flat = flatten(members)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _is_watched(x, *flat.tensors):
         *ys, _ = _linear_op(x, flat.tensors, flat.facts, flat.scales, state, p)
         return tuple(ys)
     return _Linear.apply(x, members, flat, state, p, *flat.tensors)
+
+
+def _is_watched(*tensors: Tensor) -> bool:
+    """Whether somebody is told of every operation, or computes it.
+
+    They get one op instead of its steps. Selective checkpointing would keep a tensor that a later
+    step overwrites, a tracer would miss what a kernel does, and fake tensors or subclasses that
+    wrap others have no memory that a kernel could read.
+    """
+    return torch._C._len_torch_dispatch_stack() > 0 or not all(map(has_memory, tensors))
 
 
 # --- what is computed, whoever asks ----------------------------------------------------------
@@ -269,7 +279,7 @@ def _needed(ctx: Any) -> list[bool]:
     return [needs_dx, *needs]
 
 
-# --- torch.compile: the same as ops that a graph does not look into ---------------------------
+# --- where it is watched: the same as ops that nobody looks into ------------------------------
 
 
 @torch.library.custom_op("fastlora::linear", mutates_args=())
@@ -384,6 +394,7 @@ def _op_backward(ctx: Any, dys: Sequence[Tensor | None]) -> tuple:
 
 
 _linear_op.register_autograd(_op_backward, setup_context=_setup_context)
+flops.register(torch.ops.fastlora.linear, torch.ops.fastlora.linear_backward)
 
 
 # --- checks ----------------------------------------------------------------------------------

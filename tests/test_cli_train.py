@@ -235,8 +235,10 @@ def test_output_with_files_is_kept(model, data, tmp_path):
     assert result.exit_code == 0
     assert (tmp_path / "precious").exists()
     (tmp_path / "file").touch()
-    for bad in ("file", "file/deep/out"):
-        assert "output must be in a folder that" in refused(model, data, "-o", tmp_path / bad)
+    file = tmp_path / "file"
+    assert f"output must be a folder, got the file {file}" in refused(model, data, "-o", file)
+    below = refused(model, data, "-o", file / "deep" / "out")
+    assert "output must be in a folder that can be written to" in below
 
 
 def test_bad_models(data, tmp_path):

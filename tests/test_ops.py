@@ -1,12 +1,20 @@
 """Linear ops: outputs and all gradients against fp64, dropout masks, what is kept for backward."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import BACKENDS, DEVICE, DTYPES, assert_as_accurate, crossed, quantized
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastlora
 from fastlora import native, ops, reference
+from fastlora.nf4 import NF4Weight
 
 SHAPES = [  # M, K, N, R
     (1, 64, 64, 1),
@@ -327,7 +335,7 @@ def test_checkpointing_draws_the_same_mask(use_reentrant):
 
         torch.manual_seed(5)
         if checkpointed:
-            y = torch.utils.checkpoint.checkpoint(layer, leaves[0], use_reentrant=use_reentrant)
+            y = checkpoint(layer, leaves[0], use_reentrant=use_reentrant)
         else:
             y = layer(leaves[0])
         return torch.autograd.grad(y, leaves, t["dy"]) if not use_reentrant else backward(y, leaves)
@@ -338,6 +346,107 @@ def test_checkpointing_draws_the_same_mask(use_reentrant):
 
     for g, e in zip(gradients(True), gradients(False), strict=True):
         assert torch.equal(g, e)
+
+
+def loss_and_gradients(t, base, around=lambda layer, x: layer(x), p=0.0):
+    """A non-linear loss of a layer, and the gradients of x, a and b; `around` calls the layer."""
+    w = t["w"] if base == "dense" else quantized(t["w"], double_quant=base == "nf4")[0]
+    x, a, b = (t[n].detach().clone().requires_grad_() for n in ("x", "a", "b"))
+
+    def layer(x):
+        return ops.lora_linear(x, w, a, b, 0.5, t["bias"], dropout_p=p).tanh().square()
+
+    torch.manual_seed(5)
+    y = around(layer, x).sum()
+    return [y.detach(), *torch.autograd.grad(y, (x, a, b))]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("base", BASES)
+def test_selective_checkpointing_keeps_no_half_made_output(base, p):
+    t = make(16, 64, 48, 4, torch.float32)
+    kept = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+    contexts = partial(create_selective_checkpoint_contexts, kept)
+    around = partial(checkpoint, use_reentrant=False, context_fn=contexts)
+    expected = loss_and_gradients(t, base, p=p)
+    for g, e in zip(loss_and_gradients(t, base, around, p), expected, strict=True):
+        torch.testing.assert_close(g, e)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_fake_tensors_have_shapes_alone(base):
+    t = make(16, 64, 48, 4, torch.float32)
+    q = t["w"] if base == "dense" else quantized(t["w"], double_quant=base == "nf4")[0]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty(2, 3, 64, device=DEVICE)
+        y = ops.lora_linear(x, q, t["a"].requires_grad_(), t["b"], 0.5, dropout_p=0.5)
+        (da,) = torch.autograd.grad(y.sum(), t["a"])
+    assert isinstance(y, FakeTensor)
+    assert y.shape == (2, 3, 48)
+    assert da.shape == (4, 64)
+
+
+def test_fake_weights_are_not_read():
+    with FakeTensorMode() as mode, pytest.raises(ValueError, match="memory of its own, got Fake"):
+        fastlora.quantize_nf4(torch.empty(4, 64, device=DEVICE))
+    q = fastlora.quantize_nf4(torch.ones(4, 64, device=DEVICE))
+    parts = [None if t is None else mode.from_tensor(t) for t in q.tensors()]
+    with pytest.raises(ValueError, match="q must be a tensor with memory of its own, got Fake"):
+        fastlora.dequantize_nf4(NF4Weight.unchecked(q.facts, parts))
+
+
+@pytest.mark.parametrize("tracing_mode", ["real", "symbolic"])
+@pytest.mark.parametrize("base", BASES)
+def test_a_traced_graph_has_the_whole_layer(base, tracing_mode):
+    t = make(16, 64, 48, 4, torch.float32)
+    w = t["w"] if base == "dense" else quantized(t["w"], double_quant=base == "nf4")[0]
+
+    def layer(x):
+        return ops.lora_linear(x, w, t["a"], t["b"], 0.5)
+
+    mode = {"tracing_mode": tracing_mode, "_allow_non_fake_inputs": True}
+    graph = make_fx(layer, **mode)(torch.randn(16, 64, device=DEVICE))
+    assert torch.equal(graph(t["x"]), layer(t["x"]))
+
+
+class Stored(torch.Tensor):
+    """fp32 that is kept as bf16, as quantised tensors of other libraries are."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        of = {"dtype": torch.float32, "device": inner.device}
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, **of)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        args, kwargs = tree_map_only(cls, lambda t: t.inner.float(), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def test_tensors_that_wrap_others_compute_for_themselves():
+    t = make(16, 64, 48, 4, torch.float32)
+    expected = ops.lora_linear(t["x"], t["w"], t["a"].bfloat16().float(), t["b"], 0.5)
+    got = ops.lora_linear(t["x"], t["w"], Stored(t["a"].bfloat16()), t["b"], 0.5)
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_flops_are_those_of_the_products(base):
+    M, K, N, R = 16, 64, 48, 4
+    t = make(M, K, N, R, torch.float32)
+    w = t["w"] if base == "dense" else quantized(t["w"], double_quant=base == "nf4")[0]
+    with FlopCounterMode(display=False) as counter:
+        ops.lora_linear(t["x"], w, t["a"], t["b"], 0.5)
+    assert counter.get_total_flops() == 2 * M * (N * K + R * (N + K))
+    leaves = [t[n].requires_grad_() for n in ("x", "a", "b")]
+    with FlopCounterMode(display=False) as counter:
+        y = ops.lora_linear(*leaves[:1], w, *leaves[1:], 0.5)
+        y.sum().backward()
+    # dx as well; of the adapter ds, db, da and its part of dx
+    assert counter.get_total_flops() == 2 * M * (2 * N * K + R * 3 * (N + K))
 
 
 BAD_CALLS = {
