@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import json
 import threading
 
@@ -266,6 +267,29 @@ def test_another_patch_of_peft_is_kept(monkeypatch):
     assert len(seen) == 1
     fastlora.disable()
     assert peft.LoraModel.inject_adapter is other
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_another_patch_of_peft_that_came_later_is_kept(named, monkeypatch):
+    fastlora.enable()
+    seen, before = [], peft.LoraModel.inject_adapter
+
+    def other(self, *args, **kwargs):
+        seen.append(self)
+        return before(self, *args, **kwargs)
+
+    other = functools.wraps(before)(other) if named else other
+    monkeypatch.setattr(peft.LoraModel, "inject_adapter", other)
+    assert_fast(adapted("dense"))
+    for _ in range(2):
+        fastlora.disable()
+        assert peft.LoraModel.inject_adapter is other
+        seen.clear()
+        assert not any(isinstance(m, FastLora) for m in adapted("dense").modules())
+        assert len(seen) == 1
+        fastlora.enable()
+        assert_fast(adapted("dense"))
+    fastlora.disable()
 
 
 def test_many_threads_switch(enabled):

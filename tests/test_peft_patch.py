@@ -27,6 +27,7 @@ from peft_helpers import (
     without_repacking,
 )
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import fastlora
 from fastlora import ops, reference
@@ -226,6 +227,15 @@ def other_adapter(model):
     first(model).lora_A["default"].__class__ = Custom
 
 
+def adapter_with_a_bias(model):
+    first(model).lora_A["default"] = nn.Linear(64, 4, device=DEVICE)
+
+
+def adapter_that_wraps(model):
+    weight = first(model).lora_A["default"].weight.detach()
+    first(model).lora_A["default"].weight = nn.Parameter(TwoTensor(weight, weight.clone()))
+
+
 def sharded(model):
     first(model).lora_B["default"].weight.ds_id = 3  # as DeepSpeed marks it
 
@@ -263,6 +273,8 @@ REASONS = {
     "an adapter of Custom": other_adapter,
     "the base weight is torch.float64": double,
     "an adapter of torch.float64": double_adapter,
+    "an adapter whose weight is TwoTensor": adapter_that_wraps,
+    "lora_A has a bias": adapter_with_a_bias,
     "sharded parameters": sharded,
     "tensor parallel": lambda m: setattr(first(m).base_layer, "_hf_tp_plan", "colwise"),
 }
@@ -282,7 +294,31 @@ def test_peft_runs_visibly_what_we_do_not(reason):
     same = first(model)(x)
     fastlora.unpatch_peft(model)
     torch.manual_seed(1)
-    assert_same(first(model)(x).detach(), same.detach())
+    same, again = (y.a if isinstance(y, TwoTensor) else y for y in (same, first(model)(x)))
+    assert_same(again.detach(), same.detach())
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_nested_tensors_are_left_to_peft():
+    plain, fast = twins("dense")
+    x = torch.nested.nested_tensor([torch.randn(2, 64), torch.randn(3, 64)], device=DEVICE)
+    for got, expected in zip(first(fast)(x).unbind(), first(plain)(x).unbind(), strict=True):
+        assert_same(got.detach(), expected.detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_small_gradients_of_fp32_activations_are_those_of_peft(dtype, calls):
+    plain, fast = (first(model) for model in twins("bnb"))
+    x, dy = torch.randn(9, 64, device=DEVICE), 1e-8 * torch.randn(9, 64, device=DEVICE)
+    grads = []
+    for layer in (plain, fast):
+        layer.base_layer.compute_dtype = dtype
+        layer(x).backward(dy)
+        grads.append(layer.lora_A["default"].weight.grad)
+    # in bf16 rounded to its digits, but nothing is too small for fp16 only
+    error = (grads[1] - grads[0]).norm() / grads[0].norm()
+    assert error < (1e-6 if dtype == torch.float16 else 0.02)
+    assert len(calls) == 1
 
 
 def test_hooks_on_all_modules_are_called():
@@ -444,20 +480,45 @@ def test_dropout_of_everything_is_left_to_peft():
     assert not fastlora.patch_peft(fast).fallbacks
 
 
-def test_sharded_tensors_are_seen():
+@pytest.fixture
+def process_group():
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_sharded_tensors_are_seen(process_group):
     from torch.distributed import device_mesh, tensor
 
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-    )
-    try:
-        mesh = device_mesh.init_device_mesh("cpu", (1,))
-        model = patched(adapted("dense"))
-        part = first(model).lora_A["default"]
-        part.weight = nn.Parameter(tensor.distribute_tensor(part.weight.detach(), mesh))
-        assert [*fastlora.patch_peft(model).fallbacks.values()] == ["sharded parameters"]
-    finally:
-        torch.distributed.destroy_process_group()
+    mesh = device_mesh.init_device_mesh("cpu", (1,))
+    model = patched(adapted("dense"))
+    part = first(model).lora_A["default"]
+    part.weight = nn.Parameter(tensor.distribute_tensor(part.weight.detach(), mesh))
+    reason = "sharded parameters, unless gathered in a forward"
+    assert [*fastlora.patch_peft(model).fallbacks.values()] == [reason]
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="gloo gathers tensors on CPUs")
+@pytest.mark.parametrize("late", [False, True], ids=["patched, sharded", "sharded, patched"])
+@EVERY
+def test_what_fsdp_gathers_is_fast(base, late, calls, process_group):
+    from torch.distributed import device_mesh, fsdp
+
+    plain = without_repacking(adapted(base))
+    fast = copy.deepcopy(plain)
+    if not late:
+        patched(fast)
+    mesh = device_mesh.init_device_mesh("cpu", (1,))
+    for layer in fast.base_model.model.model.layers:
+        fsdp.fully_shard(layer, mesh=mesh)
+    fsdp.fully_shard(fast, mesh=mesh)
+    reasons = fastlora.patch_peft(fast).fallbacks.values()
+    assert {*reasons} == {"sharded parameters, unless gathered in a forward"}
+    calls.clear()
+    grads = {n: g.full_tensor() if n != "loss" else g for n, g in step(fast).items()}
+    assert len(calls) == 14
+    assert_same(grads, step(plain))
 
 
 def test_repacked_bytes_are_refused():

@@ -190,15 +190,16 @@ def test_replicated_layers_are_not_merged(way, enabled):
     plain.merge_adapter()
     if (output(plain) - plain_before).abs().max() < 1e-3:
         pytest.skip("the installed PEFT merges replicated layers right")
+    shared = "without layer_replication or tied weights, got .*q_proj, which share theirs"
     for merge in (twin.merge_adapter, twin.merge_and_unload):
-        with pytest.raises(ValueError, match=r"got layer_replication: .*q_proj share theirs"):
+        with pytest.raises(ValueError, match=shared):
             merge()
     assert_same(output(twin), expected)
     # they share their weights also when another adapter is left
     twin.add_adapter("plain", config())
     twin.set_adapter("plain")
     twin.delete_adapter("default")
-    with pytest.raises(ValueError, match=r"got layer_replication: .*q_proj share theirs"):
+    with pytest.raises(ValueError, match=shared):
         twin.merge_adapter()
 
 
@@ -229,6 +230,47 @@ def test_training_after_an_eval_forward(quant_type):
     assert max(errors) > 0.5
     evaluate(fast)
     assert_same(step(fast), expected)
+
+
+def of_others(model):
+    """The model with a subclass that somebody made of bitsandbytes' layer."""
+    theirs = pytest.importorskip("bitsandbytes").nn.Linear4bit
+    for layer in model.modules():
+        if type(layer) is theirs:
+            layer.__class__ = type("Others", (theirs,), {})
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
+@pytest.mark.parametrize("way", ["patch", "enable"])
+@pytest.mark.parametrize("kind", ["a subclass", "another tuner"])
+def test_training_after_an_eval_forward_of_others(kind, way, enabled):
+    def made():
+        torch.manual_seed(0)
+        model = bnb(attention_bias=False)
+        settings = {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
+        if kind == "another tuner":
+            return peft.get_peft_model(model, peft.AdaLoraConfig(total_step=9, **settings)).train()
+        return peft.get_peft_model(of_others(model), config(**settings)).train()
+
+    if way == "patch":
+        fastlora.disable()
+    fast = made()
+    if way == "patch":
+        fastlora.patch_peft(fast)
+    expected = step(fast)
+    fastlora.disable()
+    wrong = step(repacked(made()))
+    assert any(name not in wrong or not wrong[name].any() for name in expected)
+    evaluate(fast)
+    assert_same(step(fast), expected)
+
+
+def test_a_bias_is_not_merged_into_a_subclass_without_its_scale():
+    model = of_others(adapted("bnb", lora_bias=True, target_modules=["q_proj"]))
+    fastlora.patch_peft(model)
+    with pytest.raises(NotImplementedError, match="needs bitsandbytes' own 4-bit layer, got Oth"):
+        model.merge_adapter()
 
 
 def test_merging_after_an_eval_forward():

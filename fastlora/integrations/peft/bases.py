@@ -4,6 +4,8 @@ Dense ones are PyTorch's and transformers', 4-bit ones are ours or bitsandbytes'
 themselves how they run (`bnb.py`).
 """
 
+from typing import Any
+
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -13,22 +15,30 @@ from fastlora.nf4 import FLOATS
 from fastlora.nn import Linear4bit, is_hooked
 from fastlora.targets import is_bnb
 
+# as of now: FSDP gathers them for a forward, which then may be fast
+SHARDED = "sharded parameters, unless gathered in a forward"
+
 
 def why_not(base: nn.Module) -> str:
     """Why the layer cannot run here; empty if it can."""
     if is_hooked(base):
         return "hooks on the base layer"
     if type(base) is Linear4bit:
-        return "sharded parameters" if is_sharded(base.qweight) else ""
+        return SHARDED if is_sharded(base.qweight) else ""
     if type(base) not in (nn.Linear, Conv1D):
         own = getattr(base, "why_not", None)
         return own() if own else f"the base layer is {type(base).__name__}"
     weight = base.weight
     if is_sharded(weight):
-        return "sharded parameters"
+        return SHARDED
     if type(weight) not in (nn.Parameter, Tensor):
         return f"the base weight is {type(weight).__name__}"
     return "" if weight.dtype in FLOATS else f"the base weight is {weight.dtype}"
+
+
+def takes(base: nn.Module, x: Tensor) -> bool:
+    """Whether the layer can run here on such an input."""
+    return not x.is_nested and (not hasattr(type(base), "takes") or base.takes(x))
 
 
 def member(base: nn.Module) -> Member:
@@ -44,8 +54,24 @@ def run(base: nn.Module, x: Tensor, m: Member, p: float) -> Tensor:
 
 
 def is_sharded(parameter: Tensor) -> bool:
-    """Whether this process holds a part of it only: DTensor, DeepSpeed ZeRO-3."""
-    return hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_id")
+    """Whether this process holds a part of it only: DTensor, DeepSpeed ZeRO-3, FSDP of PyTorch."""
+    marks = ("full_tensor", "ds_id", "_fsdp_flattened")
+    return any(hasattr(parameter, mark) for mark in marks)
+
+
+def state_of(layer: nn.Module) -> Any:
+    """The `QuantState` of a 4-bit layer of bitsandbytes; None before it is quantised.
+
+    Where FSDP or nn.DataParallel put another tensor for the parameter, the layer still has it.
+    """
+    state = getattr(layer.weight, "quant_state", None)
+    return layer.quant_state if state is None else state
+
+
+def quant_type(layer: nn.Module) -> str:
+    """Of a 4-bit layer of bitsandbytes: "nf4" or "fp4"."""
+    state = state_of(layer)
+    return layer.weight.quant_type if state is None else state.quant_type
 
 
 def is_4bit(base: nn.Module) -> bool:
@@ -58,6 +84,6 @@ def kind(base: nn.Module) -> str:
     if isinstance(base, Linear4bit):
         return "nf4"
     if is_bnb(base):
-        return f"bitsandbytes {base.weight.quant_type}"
+        return f"bitsandbytes {quant_type(base)}"
     weight = getattr(base, "weight", None)
     return type(base).__name__ if weight is None else str(weight.dtype).removeprefix("torch.")

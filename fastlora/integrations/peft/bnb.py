@@ -1,15 +1,15 @@
 """bitsandbytes' 4-bit layers under PEFT; imported only where bitsandbytes is."""
 
+import math
 from dataclasses import replace
 
 import torch
 from bitsandbytes import functional, matmul_4bit, nn
-from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
 from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 from torch import Tensor
 
 from fastlora import ops
-from fastlora.integrations.peft.bases import is_sharded
+from fastlora.integrations.peft.bases import SHARDED, is_sharded, quant_type, state_of
 from fastlora.integrations.peft.layers import FastLora
 from fastlora.member import Member
 from fastlora.nf4 import NF4Weight, dequantize_nf4, quantize_nf4
@@ -28,11 +28,17 @@ class FastLinear4bit(nn.Linear4bit):
 
     def why_not(self) -> str:
         """Why LoRA over the layer cannot run on `fastlora.ops`; empty if it can."""
-        if not isinstance(self.weight, nn.Params4bit):  # a replica of nn.DataParallel
-            fix_4bit_weight_quant_state_from_module(self)
-        if self.weight.quant_type != "nf4":
-            return f"{self.weight.quant_type} weights of bitsandbytes"
-        return "sharded parameters" if is_sharded(self.weight) else ""
+        if quant_type(self) != "nf4":
+            return f"{quant_type(self)} weights of bitsandbytes"
+        return SHARDED if is_sharded(self.weight) else ""
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether an adapter's gradients, too, may be computed in the dtype that the layer uses.
+
+        PEFT computes them in fp32 where x is; in fp16 small ones would be lost.
+        """
+        wide = x.dtype == torch.float32 and ops.autocast_dtype(x.device) is None
+        return not wide or self.compute_dtype != torch.float16
 
     def member(self) -> Member:
         """The layer as `ops.linear_group` takes it; nothing is copied."""
@@ -60,7 +66,7 @@ class FastLinear4bit(nn.Linear4bit):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight's values [N, K], a new tensor."""
-        if self.weight.quant_type == "nf4":
+        if quant_type(self) == "nf4":
             return dequantize_nf4(self._nf4(), dtype)
         return functional.dequantize_4bit(self.weight.data, self._state()).to(dtype)
 
@@ -88,10 +94,14 @@ class FastLinear4bit(nn.Linear4bit):
         )
 
     def _state(self) -> functional.QuantState:
-        if getattr(self.weight, "quant_state", None) is None:
-            fix_4bit_weight_quant_state_from_module(self)
         check_layout(self)
-        return self.weight.quant_state
+        state = state_of(self)
+        if state is None:
+            raise ValueError(
+                "the 4-bit layer must be quantised, which its .to(device) does, got weights of "
+                f"{self.weight.dtype}"
+            )
+        return state
 
     def _nf4(self) -> NF4Weight:
         # not NF4Weight.from_bnb, which looks at the values of the table: that was done once
@@ -126,8 +136,7 @@ def check_layout(layer: nn.Linear4bit) -> None:
     Raises:
         ValueError: it has.
     """
-    state = getattr(layer.weight, "quant_state", None)
-    if getattr(state, "packing_format_for_cpu", False):
+    if getattr(state_of(layer), "packing_format_for_cpu", False):
         raise ValueError(
             "the 4-bit weight must have the bytes it was loaded with, got bytes that bitsandbytes "
             "repacked for its CPU kernel in an eval forward, which rounds the scales to bf16: load "
@@ -145,6 +154,9 @@ def check_adoptable(layer: nn.Linear4bit) -> None:
         ValueError: the weight is repacked, or NF4 with another table or statistics than usual.
     """
     check_layout(layer)
-    state = getattr(layer.weight, "quant_state", None)
-    if state is not None and layer.weight.quant_type == "nf4":
-        NF4Weight.from_bnb(layer.weight, state)
+    state, weight = state_of(layer), layer.weight
+    if state is None or state.quant_type != "nf4":
+        return
+    if is_sharded(weight):  # its bytes were whole when they were sharded
+        weight = torch.empty(-(-math.prod(state.shape) // 2), dtype=torch.uint8, device="meta")
+    NF4Weight.from_bnb(weight, state)

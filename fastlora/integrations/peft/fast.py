@@ -39,18 +39,20 @@ def why_not(layer: LoraLayer) -> str:
     return next((reason for reason in reasons if reason), "")
 
 
-def why_not_call(args: tuple, kwargs: dict[str, Any]) -> str:
-    """Why a call with these arguments, beside x, has to run PEFT's own forward; empty if not.
+def is_plain_call(layer: LoraLayer, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether a call has nothing that only PEFT's own forward knows.
 
     Args:
-        args: positional.
+        layer: one of ours.
+        x: [..., K].
+        args: positional, after x.
         kwargs: by name, such as `adapter_names`.
 
     Returns:
-        The reason in a few words.
+        Whether it may run on `fastlora.ops`.
     """
-    given = [name for name, value in kwargs.items() if value is not None]
-    return f"called with {', '.join(given) or 'more arguments'}" if args or given else ""
+    given = args or any(value is not None for value in kwargs.values())
+    return not given and bases.takes(layer.base_layer, x)
 
 
 def forward(layer: LoraLayer, x: Tensor) -> Tensor:
@@ -111,10 +113,15 @@ def _why_not_adapter(layer: LoraLayer, name: str) -> str:
     for module in (a, b):
         if type(module) is not nn.Linear:
             return f"an adapter of {type(module).__name__}"
-        if bases.is_sharded(module.weight):
-            return "sharded parameters"
-        if module.weight.dtype not in FLOATS:
-            return f"an adapter of {module.weight.dtype}"
+        weight = module.weight
+        if bases.is_sharded(weight):
+            return bases.SHARDED
+        if type(weight) not in (nn.Parameter, Tensor):
+            return f"an adapter whose weight is {type(weight).__name__}"
+        if weight.dtype not in FLOATS:
+            return f"an adapter of {weight.dtype}"
+    if a.bias is not None:
+        return "lora_A has a bias"
     return ""
 
 

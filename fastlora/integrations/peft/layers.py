@@ -21,9 +21,9 @@ class FastLora:
         """y [..., N] for x [..., K]; by PEFT's own forward where there is a reason."""
         if not isinstance(self, FastLora):  # unpatched, but a hook of accelerate kept this method
             return type(self).forward(self, x, *args, **kwargs)
-        if fast.why_not_call(args, kwargs) or fast.why_not(self):
-            return super().forward(x, *args, **kwargs)
-        return fast.forward(self, x)
+        if fast.is_plain_call(self, x, args, kwargs) and not fast.why_not(self):
+            return fast.forward(self, x)
+        return super().forward(x, *args, **kwargs)
 
     def update_layer(
         self, adapter_name: str, *args: Any, config: LoraConfig, **kwargs: Any

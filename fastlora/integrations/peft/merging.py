@@ -11,6 +11,9 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor
 
+from fastlora.integrations.peft.bases import is_4bit
+from fastlora.targets import is_bnb
+
 
 def check_biases(layer: LoraLayer, names: list[str] | None) -> None:
     """Check, before anything is changed, that adapters with a bias have where to merge it.
@@ -20,10 +23,20 @@ def check_biases(layer: LoraLayer, names: list[str] | None) -> None:
         names: of the adapters; None means the active ones.
 
     Raises:
+        NotImplementedError: one has a bias and the base layer is a subclass of bitsandbytes' that
+            others made, where PEFT merges, without the scale.
         RuntimeError: one has a bias and the base layer has none.
     """
+    base = layer.get_base_layer()
     for name in layer.active_adapters if names is None else names:
-        if layer.lora_bias.get(name) and layer.get_base_layer().bias is None:
+        if not layer.lora_bias.get(name):
+            continue
+        if is_bnb(base) and not is_4bit(base):
+            raise NotImplementedError(
+                "merging an adapter with lora_bias=True needs bitsandbytes' own 4-bit layer, got "
+                f"{type(base).__name__}"
+            )
+        if base.bias is None:
             raise RuntimeError(
                 f"the base layer must have a bias to merge an adapter with lora_bias=True, got "
                 f"none for adapter {name!r}"

@@ -44,7 +44,7 @@ def patch_peft(model: nn.Module) -> PatchReport:
         for name in layer.lora_A:
             if name in configs:
                 _check(path, configs[name], layer)
-    swap.check_bases(model)
+    swap.take_over_bases(model)
     swap.swap(model, {**swap.classes(), **FAST_TUNERS})
     return PatchReport(tuple(_rows(model)))
 

@@ -10,7 +10,7 @@ from fastlora.targets import is_bnb
 
 
 def classes() -> dict[type, type]:
-    """PEFT's and bitsandbytes' class -> ours; subclasses of theirs are left alone."""
+    """PEFT's and bitsandbytes' class -> ours."""
     found = {lora.Linear: FastLoraLinear}
     if "bitsandbytes.nn.modules" in sys.modules:
         import bitsandbytes
@@ -28,14 +28,16 @@ def classes() -> dict[type, type]:
     return found
 
 
-def check_bases(model: nn.Module) -> None:
-    """Check that the 4-bit layers of bitsandbytes in a model can be taken over.
+def take_over_bases(model: nn.Module) -> None:
+    """Take over the 4-bit layers of bitsandbytes in a model, also those without an adapter.
+
+    Subclasses that others made keep their class and forward, and no longer repack their weights.
 
     Args:
         model: any module.
 
     Raises:
-        ValueError: one cannot; the message names it.
+        ValueError: one cannot be taken over; the message names it. Nothing is changed.
     """
     layers = {path: module for path, module in model.named_modules() if is_bnb(module)}
     if not layers:
@@ -47,6 +49,12 @@ def check_bases(model: nn.Module) -> None:
             check_adoptable(layer)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+    found = classes()
+    for layer in layers.values():
+        if type(layer) in found:
+            layer.__class__ = found[type(layer)]
+        elif not isinstance(layer, tuple(found.values())):
+            layer.support_avx512bf16_for_cpu = False  # bitsandbytes' own switch for repacking
 
 
 def swap(model: nn.Module, found: dict[type, type]) -> None:

@@ -1,15 +1,20 @@
 """The switch after which PEFT makes fast layers by itself."""
 
 import threading
+from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
 
+from fastlora.integrations.peft import swap
 from fastlora.integrations.peft.tuner import FAST_TUNERS
 
-_LOCK = threading.Lock()
 _NAME = "inject_adapter"  # what every way to add an adapter comes through
+_LOCK = threading.Lock()
+_on = False
+_before: dict[Callable, Callable] = {}  # our hook on a class -> what it took the place of
 
 
 def enable() -> None:
@@ -19,37 +24,41 @@ def enable() -> None:
     transformers' models, and whatever calls them. Layers that exist stay what they are. Calling it
     again changes nothing.
     """
+    global _on
     with _LOCK:
+        _on = True
         for theirs, ours in FAST_TUNERS.items():
-            if not _is_on(theirs):
-                setattr(theirs, _NAME, _fast(theirs, ours))
+            if vars(theirs).get(_NAME) not in _before:
+                before = theirs.inject_adapter
+                hook = _hook(theirs, ours, before)
+                _before[hook] = before
+                setattr(theirs, _NAME, hook)
 
 
 def disable() -> None:
     """Let PEFT make its own layers again; fast ones that exist stay fast, see `unpatch_peft`."""
+    global _on
     with _LOCK:
-        for theirs in filter(_is_on, FAST_TUNERS):
-            before = vars(theirs)[_NAME].fastlora_before
+        _on = False
+        for theirs in FAST_TUNERS:
+            hook = vars(theirs).get(_NAME)
+            if hook not in _before:  # below somebody else's, where it does nothing from now on
+                continue
+            before = _before.pop(hook)
             # the class itself may inherit it
             delattr(theirs, _NAME)
             if theirs.inject_adapter is not before:
                 setattr(theirs, _NAME, before)
 
 
-def _is_on(theirs: type[BaseTuner]) -> bool:
-    return hasattr(vars(theirs).get(_NAME), "fastlora_before")
-
-
-def _fast(theirs: type[BaseTuner], ours: type[BaseTuner]) -> Any:
-    before = theirs.inject_adapter
-
+def _hook(theirs: type[BaseTuner], ours: type[BaseTuner], before: Callable) -> Callable:
     @wraps(before)
-    def inject_adapter(self: BaseTuner, *args: Any, **kwargs: Any) -> None:
-        # subclasses, such as AdaLoraModel, make layers of their own
-        if type(self) is theirs:
+    def inject_adapter(self: BaseTuner, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        if _on and type(self) is theirs:
             self.__class__ = ours
-            return self.inject_adapter(*args, **kwargs)
-        return before(self, *args, **kwargs)
+            return self.inject_adapter(model, *args, **kwargs)
+        if _on:  # subclasses, such as AdaLoraModel, make layers of their own
+            swap.take_over_bases(model)
+        return before(self, model, *args, **kwargs)
 
-    inject_adapter.fastlora_before = before
     return inject_adapter

@@ -1,5 +1,6 @@
 """PEFT's tuners that make fast layers, and know when merging would be wrong."""
 
+from itertools import islice
 from typing import Any
 
 from peft import LoraConfig, PeftConfig
@@ -18,11 +19,8 @@ class FastLoraModel(LoraModel):
 
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         """Add an adapter; 4-bit layers of bitsandbytes are taken over, also those without one."""
-        swap.check_bases(model)
-        found = swap.classes()
         # LoRA layers that are there already are somebody else's decision
-        bases = {old: new for old, new in found.items() if not issubclass(old, BaseTunerLayer)}
-        swap.swap(model, bases)
+        swap.take_over_bases(model)
         super().inject_adapter(model, *args, **kwargs)
 
     def _create_and_replace(
@@ -43,18 +41,19 @@ class FastLoraModel(LoraModel):
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
-        # PEFT looks for layer_replication in a dict of adapters, where it never is; and layers
-        # share their weights even when the adapter that asked for it is gone
+        # PEFT looks for layer_replication in a dict of adapters, where it never is; layers share
+        # their weights even when the adapter that asked for it is gone, and some always did
         owners: dict[int, str] = {}
         for path, layer in self.model.named_modules():
             if isinstance(layer, FastLora):
-                weight = id(next(layer.get_base_layer().parameters()))
-                if weight in owners:
-                    raise ValueError(
-                        "merging needs layers with weights of their own, got layer_replication: "
-                        f"{owners[weight]} and {path} share theirs"
-                    )
-                owners[weight] = path
+                for weight in islice(layer.get_base_layer().parameters(), 1):
+                    if id(weight) in owners:
+                        raise ValueError(
+                            "merging needs layers with weights of their own, without "
+                            f"layer_replication or tied weights, got {owners[id(weight)]} and "
+                            f"{path}, which share theirs"
+                        )
+                    owners[id(weight)] = path
 
 
 class FastMixedModel(MixedModel):
