@@ -1,26 +1,31 @@
 """What `torch.utils.flop_counter.FlopCounterMode` counts for our ops: the matrix products."""
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from torch._ops import OpOverloadPacket
-from torch.utils.flop_counter import register_flop_formula
+import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from fastlora.member import sizes, split
 
 Shape = Sequence[int]
 
 
-def register(linear: OpOverloadPacket, linear_backward: OpOverloadPacket) -> None:
-    """Tell PyTorch's counter of the two ops.
+def count() -> None:
+    """Tell the counters that run in this thread of our ops.
 
-    Args:
-        linear: fastlora::linear.
-        linear_backward: fastlora::linear_backward.
+    A registration beforehand would have to import their module, which imports Triton.
     """
-    register_flop_formula(linear)(_forward)
-    register_flop_formula(linear_backward)(_backward)
+    module = sys.modules.get("torch.utils.flop_counter")
+    for mode in _get_current_dispatch_mode_stack() if module else ():
+        counter = getattr(mode, "counter", None)
+        if isinstance(counter, module.FlopCounterMode):
+            formulas = {"linear": _forward, "linear_backward": _backward}
+            for name, formula in formulas.items():
+                op = getattr(torch.ops.fastlora, name)
+                counter.flop_registry.setdefault(op, module.shape_wrapper(formula))
 
 
 # tensors are given as their shapes

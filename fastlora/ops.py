@@ -135,10 +135,13 @@ def _apply(
     x: Tensor, members: Sequence[Member], state: Tensor | None, p: float
 ) -> tuple[Tensor, ...]:
     flat = flatten(members)
-    if torch.compiler.is_compiling() or _is_watched(x, *flat.tensors):
-        *ys, _ = _linear_op(x, flat.tensors, flat.facts, flat.scales, state, p)
-        return tuple(ys)
-    return _Linear.apply(x, members, flat, state, p, *flat.tensors)
+    compiling = torch.compiler.is_compiling()
+    if not compiling and not _is_watched(x, *flat.tensors):
+        return _Linear.apply(x, members, flat, state, p, *flat.tensors)
+    if not compiling:
+        flops.count()
+    *ys, _ = _linear_op(x, flat.tensors, flat.facts, flat.scales, state, p)
+    return tuple(ys)
 
 
 def _is_watched(*tensors: Tensor) -> bool:
@@ -394,7 +397,6 @@ def _op_backward(ctx: Any, dys: Sequence[Tensor | None]) -> tuple:
 
 
 _linear_op.register_autograd(_op_backward, setup_context=_setup_context)
-flops.register(torch.ops.fastlora.linear, torch.ops.fastlora.linear_backward)
 
 
 # --- checks ----------------------------------------------------------------------------------
