@@ -40,9 +40,11 @@ def table(case: Case) -> RenderableType:
     timed = [result for result in case.results if result.status == "ok"]
     units = [*timed[0].rates] if timed else []
     memory = ["MiB"] if any(result.peak_mib is not None for result in timed) else []
-    grid.add_column("provider", no_wrap=True)
+    # names may take several lines, numbers may not
+    grid.add_column("provider")
     for head in ("ms", "IQR", f"x {case.baseline}", "IQR", *units, *memory):
-        grid.add_column(head, justify="right", no_wrap=True)
+        is_name = head.endswith(case.baseline)
+        grid.add_column(head, justify="right", no_wrap=not is_name)
     for result in timed:
         grid.add_row(*_row(result))
     notes = [

@@ -180,6 +180,7 @@ def test_parts_are_printed_and_written(tmp_path):
     done = CliRunner().invoke(app, ["bench", *words, "--json", str(path)])
     assert done.exit_code == 0, done.output
     assert max(map(len, done.output.splitlines())) <= 80
+    assert "…" not in done.output  # names take several lines instead
     (case,) = json.loads(path.read_text())["cases"]
     for result in case["results"]:
         if result["status"] == "ok":
