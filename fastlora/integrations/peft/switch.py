@@ -21,8 +21,9 @@ def enable() -> None:
     """Let PEFT make fast LoRA layers from now on, in every model and however they are made.
 
     That is `get_peft_model`, `PeftModel.from_pretrained`, `add_adapter` and `load_adapter`, also of
-    transformers' models, and whatever calls them. Layers that exist stay what they are. Calling it
-    again changes nothing.
+    transformers' models, and whatever calls them. Layers that exist stay what they are. Tuners that
+    build on LoRA's, such as AdaLoRA, make their own layers; 4-bit ones of bitsandbytes under them
+    are taken over too, and not repacked. Calling it again changes nothing.
     """
     global _on
     with _LOCK:
