@@ -19,9 +19,10 @@ def count() -> None:
     A registration beforehand would have to import their module, which imports Triton.
     """
     module = sys.modules.get("torch.utils.flop_counter")
-    for mode in _get_current_dispatch_mode_stack() if module else ():
+    kind = getattr(module, "FlopCounterMode", ())  # of a module that is still read there is none
+    for mode in _get_current_dispatch_mode_stack():
         counter = getattr(mode, "counter", None)
-        if isinstance(counter, module.FlopCounterMode):
+        if isinstance(counter, kind):
             formulas = {"linear": _forward, "linear_backward": _backward}
             for name, formula in formulas.items():
                 op = getattr(torch.ops.fastlora, name)

@@ -100,6 +100,15 @@ def sizes(facts: Sequence[int]) -> list[tuple[int, int]]:
     return [(N, K) for _, N, K, *_ in _chunks(facts)]
 
 
+def owners(facts: Sequence[int]) -> list[int]:
+    """The member that each of `Flat.tensors` belongs to, from `Flat.facts`."""
+    return [
+        i
+        for i, (kind, _, _, _, _, has_bias, has_lora) in enumerate(_chunks(facts))
+        for _ in range(_TENSORS[kind] + has_bias + 2 * has_lora)
+    ]
+
+
 def split(tensors: Sequence[T], facts: Sequence[int]) -> list[dict[str, T | list[T]]]:
     """What belongs to each member: "weight" (a list), and "bias", "a", "b" where there are.
 

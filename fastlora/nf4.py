@@ -298,10 +298,15 @@ def dequantize_nf4(q: NF4Weight, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def has_memory(t: Tensor) -> bool:
-    """Whether a kernel may read it; not a subclass that is fake, or wraps other tensors."""
+    """Whether a kernel may read it.
+
+    Not a subclass that is fake or wraps other tensors, nor zeros or negated values that PyTorch
+    has yet to write, as autograd makes them.
+    """
     # what a class has that leaves operations to PyTorch
     left = torch._C._disabled_torch_dispatch_impl
-    return getattr(type(t), "__torch_dispatch__", left) is left
+    own = getattr(type(t), "__torch_dispatch__", left) is not left
+    return not (own or t._is_zerotensor() or t.is_neg())
 
 
 def _check_memory(name: str, t: Tensor) -> None:

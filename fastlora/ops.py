@@ -15,7 +15,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from fastlora import backend, flops, passes, plan, reference
 from fastlora.loss import linear_cross_entropy as linear_cross_entropy
-from fastlora.member import Flat, Member, flatten, split, unflatten
+from fastlora.member import Flat, Member, flatten, owners, split, unflatten
 from fastlora.nf4 import FLOATS, NF4Weight, has_memory
 
 
@@ -135,10 +135,9 @@ def _apply(
     x: Tensor, members: Sequence[Member], state: Tensor | None, p: float
 ) -> tuple[Tensor, ...]:
     flat = flatten(members)
-    compiling = torch.compiler.is_compiling()
-    if not compiling and not _is_watched(x, *flat.tensors):
-        return _Linear.apply(x, members, flat, state, p, *flat.tensors)
-    if not compiling:
+    if not torch.compiler.is_compiling():
+        if not _is_watched(x, *flat.tensors):
+            return _Linear.apply(x, members, flat, state, p, *flat.tensors)
         flops.count()
     *ys, _ = _linear_op(x, flat.tensors, flat.facts, flat.scales, state, p)
     return tuple(ys)
@@ -198,7 +197,7 @@ def _backward(
     members = unflatten(flat)
     needs_dx, *needs = needs
     parts = split(needs, flat.facts)
-    dys = [None if dy is None else _rows(dy) for dy in dys]
+    dys = [None if dy is None else _rows(_strided(dy)) for dy in dys]
     dy = next(dy for dy in dys if dy is not None)
     with backend.on(dy.device):
         dx, grads = passes.backward(
@@ -220,6 +219,11 @@ def _backward(
 
 
 _NAMES = ("bias", "a", "b")
+
+
+def _strided(dy: Tensor) -> Tensor:
+    """A gradient that may be sparse, as of an embedding or `gather`."""
+    return dy if dy.layout == torch.strided else dy.to_dense()
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -269,10 +273,13 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         if all(dy is None for dy in dys):
             return (None,) * len(ctx.needs_input_grad)
-        x, s, state, *tensors = ctx.saved_tensors
-        flat = Flat(tensors, ctx.facts, ctx.scales)
         needs = _needed(ctx)
-        dx, *grads = _backward(ctx.way, dys, x, s, flat, state, ctx.p, ctx.x_shape, needs)
+        if _is_watched(*(dy for dy in dys if dy is not None)):
+            dx, *grads = _backward_by_op(ctx, dys, needs)
+        else:
+            x, s, state, *tensors = ctx.saved_tensors
+            flat = Flat(tensors, ctx.facts, ctx.scales)
+            dx, *grads = _backward(ctx.way, dys, x, s, flat, state, ctx.p, ctx.x_shape, needs)
         return dx, None, None, None, None, *grads
 
 
@@ -332,13 +339,7 @@ def _linear_backward_op(
     flat = Flat([*tensors], [*facts], [*scales])
     all_dys = [given.get(i) for i in range(len(scales))]
     grads = _backward(None, all_dys, x, s, flat, state, p, x_shape, needs)
-    # an unused member has no gradient, but the graph was promised one
-    wanted = [None, *tensors]
-    grads = [
-        torch.zeros_like(t) if g is None else g
-        for g, t, need in zip(grads, wanted, needs, strict=True)
-        if need
-    ]
+    grads = [g for g, need in zip(grads, needs, strict=True) if need]
     # outputs of an op may not share memory, as the rows of da do
     return [g.clone() if g.untyped_storage().nbytes() > g.nbytes else g for g in grads]
 
@@ -371,12 +372,24 @@ def _setup_context(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
 
 
 def _op_backward(ctx: Any, dys: Sequence[Tensor | None]) -> tuple:
-    x, s, state, *tensors = ctx.saved_tensors
     needs_dx, needs, *_ = ctx.needs_input_grad
     *dys, _ = dys  # nothing is behind s
+    if all(dy is None for dy in dys):
+        return None, [None] * len(needs), None, None, None, None
+    dx, *grads = _backward_by_op(ctx, dys, [needs_dx, *needs])
+    return dx, grads, None, None, None, None
+
+
+def _backward_by_op(
+    ctx: Any, dys: Sequence[Tensor | None], needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """As `_backward`."""
+    flops.count()
+    x, s, state, *tensors = ctx.saved_tensors
     used = [i for i, dy in enumerate(dys) if dy is not None]
-    if not used:
-        return None, [None] * len(tensors), None, None, None, None
+    # an unused member has no gradients, and an op cannot return None
+    owned = zip(needs[1:], owners(ctx.facts), strict=True)
+    needs = [needs[0], *(need and owner in used for need, owner in owned)]
     found = iter(
         _linear_backward_op(
             [dys[i] for i in used],
@@ -389,11 +402,10 @@ def _op_backward(ctx: Any, dys: Sequence[Tensor | None]) -> tuple:
             state,
             ctx.p,
             ctx.x_shape,
-            [needs_dx, *needs],
+            needs,
         )
     )
-    dx = next(found) if needs_dx else None
-    return dx, [next(found) if need else None for need in needs], None, None, None, None
+    return [next(found) if need else None for need in needs]
 
 
 _linear_op.register_autograd(_op_backward, setup_context=_setup_context)

@@ -1,5 +1,6 @@
 """Linear ops: outputs and all gradients against fp64, dropout masks, what is kept for backward."""
 
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -8,12 +9,14 @@ import torch.nn.functional as F
 from helpers import BACKENDS, DEVICE, DTYPES, assert_as_accurate, crossed, quantized
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastlora
 from fastlora import native, ops, reference
+from fastlora.member import Member
 from fastlora.nf4 import NF4Weight
 
 SHAPES = [  # M, K, N, R
@@ -433,6 +436,49 @@ def test_tensors_that_wrap_others_compute_for_themselves():
     assert torch.equal(got, expected)
 
 
+# what the backward gets from what comes after the layer
+GRADIENTS = {
+    "zeros that are not written": lambda y: y.sgn().sum(),
+    "of a subclass": lambda y: (y * TwoTensor(torch.ones_like(y), torch.ones_like(y))).sum(),
+    "sparse": lambda y: torch.gather(
+        y, 1, torch.zeros(len(y), 1, dtype=torch.int64, device=DEVICE), sparse_grad=True
+    ).sum(),
+}
+
+
+@pytest.mark.parametrize("after", GRADIENTS)
+@pytest.mark.parametrize("base", BASES)
+def test_gradients_that_are_no_plain_tensors(base, after):
+    t = make(16, 64, 48, 4, torch.float32)
+    w = t["w"] if base == "dense" else quantized(t["w"], double_quant=base == "nf4")[0]
+    dense = t["w"] if base == "dense" else fastlora.dequantize_nf4(w)
+    leaves = [t[n].requires_grad_() for n in ("x", "a", "b")]
+    x, a, b = leaves
+    got = torch.autograd.grad(GRADIENTS[after](ops.lora_linear(x, w, a, b, 0.5)), leaves)
+    y = F.linear(x, dense) + 0.5 * F.linear(F.linear(x, a), b)
+    for g, e in zip(got, torch.autograd.grad(GRADIENTS[after](y), leaves), strict=True):
+        g, e = (v.a if isinstance(v, TwoTensor) else v for v in (g, e))
+        torch.testing.assert_close(g, e, atol=1e-4, rtol=1e-4)
+
+
+def test_negated_views_are_read_as_they_are():
+    t = make(16, 64, 48, 4, torch.float32)
+    q = fastlora.quantize_nf4(t["w"])
+    assert torch.equal(ops.nf4_linear(torch._neg_view(t["x"]), q), ops.nf4_linear(-t["x"], q))
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_unused_members_get_no_gradient(watched):
+    t = make(16, 64, 48, 4, torch.float32)
+    leaves = [t["w"].clone().requires_grad_() for _ in range(2)]
+    members = [Member(w, a=t["a"], b=t["b"], scale=0.5) for w in leaves]
+    with FlopCounterMode(display=False) if watched else nullcontext():
+        y, _ = ops.linear_group(t["x"], members)
+    used, unused = torch.autograd.grad(y.sum(), leaves, allow_unused=True)
+    assert used is not None
+    assert unused is None
+
+
 @pytest.mark.parametrize("base", BASES)
 def test_flops_are_those_of_the_products(base):
     M, K, N, R = 16, 64, 48, 4
@@ -447,6 +493,12 @@ def test_flops_are_those_of_the_products(base):
         y.sum().backward()
     # dx as well; of the adapter ds, db, da and its part of dx
     assert counter.get_total_flops() == 2 * M * (2 * N * K + R * 3 * (N + K))
+    for of_forward in (FlopCounterMode(display=False), nullcontext()):
+        with of_forward:
+            y = ops.lora_linear(*leaves[:1], w, *leaves[1:], 0.5)
+        with FlopCounterMode(display=False) as counter:
+            y.sum().backward()
+        assert counter.get_total_flops() == 2 * M * (N * K + R * 2 * (N + K))
 
 
 BAD_CALLS = {

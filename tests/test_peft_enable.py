@@ -292,6 +292,27 @@ def test_another_patch_of_peft_that_came_later_is_kept(named, monkeypatch):
     fastlora.disable()
 
 
+def test_a_patch_of_what_tuners_inherit_is_kept(monkeypatch):
+    base = peft.LoraModel.__base__
+    seen, before = [], base.inject_adapter
+
+    def other(self, *args, **kwargs):
+        seen.append(self)
+        return before(self, *args, **kwargs)
+
+    fastlora.enable()
+    monkeypatch.setattr(base, "inject_adapter", other)
+    assert_fast(adapted("dense"))
+    fastlora.disable()
+    adapted("dense")
+    assert len(seen) == 2
+    fastlora.enable()
+    monkeypatch.undo()
+    fastlora.disable()
+    adapted("dense")
+    assert len(seen) == 2
+
+
 def test_many_threads_switch(enabled):
     def work():
         for _ in range(50):

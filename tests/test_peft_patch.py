@@ -176,6 +176,14 @@ def test_one_graph_under_compile(base, backend):
 
 
 @EVERY
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_layers(base, strict):
+    layer, x = first(patched(adapted(base))), torch.randn(4, 64, device=DEVICE)
+    graph = torch.export.export(layer, (torch.zeros_like(x),), strict=strict).module()
+    assert_same(graph(x).detach(), layer(x).detach())
+
+
+@EVERY
 def test_adapters_in_fp32_under_autocast(base):
     plain, fast = twins(base)
     seen = []

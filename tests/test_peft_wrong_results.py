@@ -116,8 +116,9 @@ def test_what_reads_weights_would_read_a_placeholder(settings, enabled):
         fastlora.patch_peft(plain)
     fastlora.enable()
     name, value = next(iter(settings.items()))
-    with pytest.raises(NotImplementedError, match=f"{name}.*{value if name[0] == 'i' else ''}"):
-        peft.get_peft_model(ours(), config(**settings))
+    for mixed in (False, True):
+        with pytest.raises(NotImplementedError, match=f"{name}.*{value if name[0] == 'i' else ''}"):
+            peft.get_peft_model(ours(), config(**settings), mixed=mixed)
 
 
 def test_dora_over_bitsandbytes_is_that_of_peft():

@@ -1,4 +1,4 @@
-"""TRL's trainers on models that FastLoraConfig quantised; TRL is no dependency of the tests."""
+"""TRL's trainers on models that FastLoraConfig quantised; `make test-stacks` installs TRL."""
 
 import pytest
 import torch

@@ -107,7 +107,7 @@ class FastLinear4bit(nn.Linear4bit):
         # not NF4Weight.from_bnb, which looks at the values of the table: that was done once
         state, stats = self._state(), [None, None, None]
         N, K = state.shape
-        packed = self.weight.data.reshape(-1).view(torch.uint8)
+        packed = self.weight.detach().reshape(-1).view(torch.uint8)  # .data cannot be exported
         if state.nested:
             stats = [state.state2.absmax, state.state2.code, state.offset]
         packed = packed.view(N, K // 2) if K % 2 == 0 else packed.view(-1, 1)

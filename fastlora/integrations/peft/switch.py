@@ -14,7 +14,8 @@ from fastlora.integrations.peft.tuner import FAST_TUNERS
 _NAME = "inject_adapter"  # what every way to add an adapter comes through
 _LOCK = threading.Lock()
 _on = False
-_before: dict[Callable, Callable] = {}  # our hook on a class -> what it took the place of
+# our hook on a class -> the method it took the place of, None where the class inherits it
+_before: dict[Callable, Callable | None] = {}
 
 
 def enable() -> None:
@@ -29,8 +30,8 @@ def enable() -> None:
     with _LOCK:
         _on = True
         for theirs, ours in FAST_TUNERS.items():
-            if vars(theirs).get(_NAME) not in _before:
-                before = theirs.inject_adapter
+            before = vars(theirs).get(_NAME)
+            if before not in _before:
                 hook = _hook(theirs, ours, before)
                 _before[hook] = before
                 setattr(theirs, _NAME, hook)
@@ -46,20 +47,22 @@ def disable() -> None:
             if hook not in _before:  # below somebody else's, where it does nothing from now on
                 continue
             before = _before.pop(hook)
-            # the class itself may inherit it
-            delattr(theirs, _NAME)
-            if theirs.inject_adapter is not before:
+            if before is None:
+                delattr(theirs, _NAME)
+            else:
                 setattr(theirs, _NAME, before)
 
 
-def _hook(theirs: type[BaseTuner], ours: type[BaseTuner], before: Callable) -> Callable:
-    @wraps(before)
+def _hook(theirs: type[BaseTuner], ours: type[BaseTuner], before: Callable | None) -> Callable:
+    @wraps(theirs.inject_adapter)
     def inject_adapter(self: BaseTuner, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         if _on and type(self) is theirs:
             self.__class__ = ours
             return self.inject_adapter(model, *args, **kwargs)
         if _on:  # subclasses, such as AdaLoraModel, make layers of their own
             swap.take_over_bases(model)
+        if before is None:  # looked up now, since others may have changed it
+            return super(theirs, self).inject_adapter(model, *args, **kwargs)
         return before(self, model, *args, **kwargs)
 
     return inject_adapter

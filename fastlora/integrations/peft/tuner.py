@@ -26,9 +26,7 @@ class FastLoraModel(LoraModel):
     def _create_and_replace(
         self, lora_config: LoraConfig, adapter_name: str, target: nn.Module, *args: Any, **kw: Any
     ) -> None:
-        # also of layers that are there already, made before enable()
-        nested = isinstance(target, BaseTunerLayer)
-        check_config(lora_config, target.get_base_layer() if nested else target)
+        _check(lora_config, target)
         super()._create_and_replace(lora_config, adapter_name, target, *args, **kw)
 
     @staticmethod
@@ -59,6 +57,13 @@ class FastLoraModel(LoraModel):
 class FastMixedModel(MixedModel):
     """What the `MixedModel` becomes, whose adapters are of several kinds; LoRA's are fast."""
 
+    def _create_and_replace(
+        self, config: PeftConfig, adapter_name: str, target: nn.Module, *args: Any, **kw: Any
+    ) -> None:
+        if type(config) is LoraConfig:
+            _check(config, target)
+        super()._create_and_replace(config, adapter_name, target, *args, **kw)
+
     @staticmethod
     def _create_new_module(
         config: PeftConfig, adapter_name: str, target: nn.Module, **kwargs: Any
@@ -67,6 +72,12 @@ class FastMixedModel(MixedModel):
         # layers of other adapters inside are somebody else's decision
         new.__class__ = swap.classes().get(type(new), type(new))
         return new
+
+
+def _check(config: LoraConfig, target: nn.Module) -> None:
+    """Check a config also for layers that are there already, made before `enable`."""
+    nested = isinstance(target, BaseTunerLayer)
+    check_config(config, target.get_base_layer() if nested else target)
 
 
 FAST_TUNERS: dict[type[BaseTuner], type[BaseTuner]] = {
