@@ -19,7 +19,7 @@ SOURCES := pyproject.toml setup.py MANIFEST.in $(wildcard csrc/*)
 STAMP := $(VENV)/.fastlora
 
 .DELETE_ON_ERROR:
-.PHONY: help install demo model minilm test test-kernels test-peft test-slow lint format bench clean
+.PHONY: help install demo model minilm test test-kernels test-peft test-slow test-stacks lint format bench clean
 
 help:
 	@echo "make demo       fine-tune a small real model in 4 bit, minutes on two cores"
@@ -27,6 +27,7 @@ help:
 	@echo "make test-kernels  Triton kernels in Triton's interpreter, which needs no GPU"
 	@echo "make test-slow  what takes minutes"
 	@echo "make test-peft  PEFT's own tests of LoRA, without and with fast layers"
+	@echo "make test-stacks  the training stacks themselves: TRL, Axolotl, LLaMA-Factory, Lightning, torchtune"
 	@echo "make lint       ruff, pydoclint, clang-format"
 	@echo "make format     let ruff and clang-format rewrite the files"
 	@echo "make bench      microbenchmarks on this machine"
@@ -55,7 +56,7 @@ $(STAMP)-hf $(STAMP)-all: $(STAMP)-%: $(STAMP)-torch $(SOURCES)
 install: $(STAMP)-all
 
 # threads that spin at barriers make training several times slower on a machine with other work
-demo test test-kernels test-slow test-peft: export OMP_WAIT_POLICY ?= PASSIVE
+demo test test-kernels test-slow test-peft test-stacks: export OMP_WAIT_POLICY ?= PASSIVE
 
 demo: $(if $(wildcard $(STAMP)-all),$(STAMP)-all,$(STAMP)-hf)
 	$(VENV)/bin/fastlora demo
@@ -83,6 +84,28 @@ test-slow: model minilm
 # fetches the source of the installed PEFT, once
 test-peft: $(STAMP)-all
 	$(PY) tests/peft_suite
+
+# an environment of their own on top of $(VENV), since they bring much. Those that ask for another
+# torch come with no more than their imports need; LLaMA-Factory imports torchaudio, which for no
+# audio may be empty, since its wheels need CUDA
+STACKS := $(VENV)/stacks
+SITE = import sysconfig; site = sysconfig.get_path("purelib")
+$(STACKS)/.done: $(STAMP)-all
+	$(PY) -m venv --clear $(STACKS)
+	@below=$$($(PY) -c '$(SITE); print(site)'); cd "$$($(STACKS)/bin/python -c '$(SITE); print(site)')" \
+		&& echo "import site; site.addsitedir('$$below')" > below.pth && touch torchaudio.py
+	$(STACKS)/bin/python -m pip install --quiet --constraint $(STAMP)-constraints trl==1.16.0 lightning==2.6.6
+	$(STACKS)/bin/python -m pip install --quiet --no-deps axolotl==0.19.0 addict==2.4.0 \
+		llamafactory==0.9.5 omegaconf==2.4.0 antlr4-python3-runtime==4.13.2 fire==0.7.1 termcolor==3.3.0 \
+		torchdata==0.11.0 torchtune==0.6.1 torchao==0.16.0 sentencepiece==0.2.3 tiktoken==0.14.0 blobfile==3.3.0
+	$(STACKS)/bin/python -m pip install --quiet --no-deps --target $(STACKS)/older trl==0.24.0
+	@touch $@
+
+# LLaMA-Factory asks for an older TRL, and an older transformers unless it is told not to
+test-stacks: export DISABLE_VERSION_CHECK = 1
+test-stacks: $(STACKS)/.done
+	$(STACKS)/bin/python -m pytest -rs -k "not llamafactory" tests/test_stacks.py tests/test_trl.py
+	PYTHONPATH=$(STACKS)/older $(STACKS)/bin/python -m pytest -rs -k llamafactory tests/test_stacks.py
 
 lint: $(STAMP)-all
 	$(PY) -m ruff check .
