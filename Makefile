@@ -90,7 +90,7 @@ test-peft: $(STAMP)-all
 # audio may be empty, since its wheels need CUDA
 STACKS := $(VENV)/stacks
 SITE = import sysconfig; site = sysconfig.get_path("purelib")
-$(STACKS)/.done: $(STAMP)-all
+$(STACKS)/.done: $(STAMP)-all Makefile
 	$(PY) -m venv --clear $(STACKS)
 	@below=$$($(PY) -c '$(SITE); print(site)'); cd "$$($(STACKS)/bin/python -c '$(SITE); print(site)')" \
 		&& echo "import site; site.addsitedir('$$below')" > below.pth && touch torchaudio.py

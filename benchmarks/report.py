@@ -41,10 +41,10 @@ def table(case: Case) -> RenderableType:
     units = [*timed[0].rates] if timed else []
     memory = ["MiB"] if any(result.peak_mib is not None for result in timed) else []
     # names may take several lines, numbers may not
+    ratio = f"x {case.baseline}"
     grid.add_column("provider")
-    for head in ("ms", "IQR", f"x {case.baseline}", "IQR", *units, *memory):
-        is_name = head.endswith(case.baseline)
-        grid.add_column(head, justify="right", no_wrap=not is_name)
+    for head in ("ms", "IQR", ratio, "IQR", *units, *memory):
+        grid.add_column(head, justify="right", no_wrap=head != ratio)
     for result in timed:
         grid.add_row(*_row(result))
     notes = [

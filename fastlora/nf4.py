@@ -257,8 +257,8 @@ def quantize_nf4(w: Tensor, blocksize: int = 64, double_quant: bool = True) -> N
     if w.dtype not in FLOATS:
         raise ValueError(f"w must be fp32, fp16 or bf16, got {w.dtype}")
     check_blocksize(blocksize)
+    w = w.detach().resolve_neg().contiguous()
     _check_memory("w", w)
-    w = w.detach().contiguous()
     impl = backend.implementation(w.device)
     with backend.on(w.device):
         packed, absmax, nonfinite = impl.quantize_blocks(w, blocksize)

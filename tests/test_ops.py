@@ -351,9 +351,14 @@ def test_checkpointing_draws_the_same_mask(use_reentrant):
         assert torch.equal(g, e)
 
 
+def weight(t, base):
+    """The base weight of a layer, as the ops take it."""
+    return t["w"] if base == "dense" else quantized(t["w"], double_quant=base == "nf4")[0]
+
+
 def loss_and_gradients(t, base, around=lambda layer, x: layer(x), p=0.0):
     """A non-linear loss of a layer, and the gradients of x, a and b; `around` calls the layer."""
-    w = t["w"] if base == "dense" else quantized(t["w"], double_quant=base == "nf4")[0]
+    w = weight(t, base)
     x, a, b = (t[n].detach().clone().requires_grad_() for n in ("x", "a", "b"))
 
     def layer(x):
@@ -379,7 +384,7 @@ def test_selective_checkpointing_keeps_no_half_made_output(base, p):
 @pytest.mark.parametrize("base", BASES)
 def test_fake_tensors_have_shapes_alone(base):
     t = make(16, 64, 48, 4, torch.float32)
-    q = t["w"] if base == "dense" else quantized(t["w"], double_quant=base == "nf4")[0]
+    q = weight(t, base)
     with FakeTensorMode(allow_non_fake_inputs=True):
         x = torch.empty(2, 3, 64, device=DEVICE)
         y = ops.lora_linear(x, q, t["a"].requires_grad_(), t["b"], 0.5, dropout_p=0.5)
@@ -402,7 +407,7 @@ def test_fake_weights_are_not_read():
 @pytest.mark.parametrize("base", BASES)
 def test_a_traced_graph_has_the_whole_layer(base, tracing_mode):
     t = make(16, 64, 48, 4, torch.float32)
-    w = t["w"] if base == "dense" else quantized(t["w"], double_quant=base == "nf4")[0]
+    w = weight(t, base)
 
     def layer(x):
         return ops.lora_linear(x, w, t["a"], t["b"], 0.5)
@@ -450,7 +455,7 @@ GRADIENTS = {
 @pytest.mark.parametrize("base", BASES)
 def test_gradients_that_are_no_plain_tensors(base, after):
     t = make(16, 64, 48, 4, torch.float32)
-    w = t["w"] if base == "dense" else quantized(t["w"], double_quant=base == "nf4")[0]
+    w = weight(t, base)
     dense = t["w"] if base == "dense" else fastlora.dequantize_nf4(w)
     leaves = [t[n].requires_grad_() for n in ("x", "a", "b")]
     x, a, b = leaves
@@ -465,6 +470,8 @@ def test_negated_views_are_read_as_they_are():
     t = make(16, 64, 48, 4, torch.float32)
     q = fastlora.quantize_nf4(t["w"])
     assert torch.equal(ops.nf4_linear(torch._neg_view(t["x"]), q), ops.nf4_linear(-t["x"], q))
+    negated = fastlora.quantize_nf4(torch._neg_view(t["w"]))
+    assert torch.equal(negated.qweight, fastlora.quantize_nf4(-t["w"]).qweight)
 
 
 @pytest.mark.parametrize("watched", [False, True])
@@ -483,7 +490,7 @@ def test_unused_members_get_no_gradient(watched):
 def test_flops_are_those_of_the_products(base):
     M, K, N, R = 16, 64, 48, 4
     t = make(M, K, N, R, torch.float32)
-    w = t["w"] if base == "dense" else quantized(t["w"], double_quant=base == "nf4")[0]
+    w = weight(t, base)
     with FlopCounterMode(display=False) as counter:
         ops.lora_linear(t["x"], w, t["a"], t["b"], 0.5)
     assert counter.get_total_flops() == 2 * M * (N * K + R * (N + K))

@@ -94,8 +94,8 @@ class FastLinear4bit(nn.Linear4bit):
         )
 
     def _state(self) -> functional.QuantState:
-        check_layout(self)
         state = state_of(self)
+        check_layout(state)
         if state is None:
             raise ValueError(
                 "the 4-bit layer must be quantised, which its .to(device) does, got weights of "
@@ -127,16 +127,16 @@ class FastLoraLinear4bit(FastLora, PeftLinear4bit):
     """`peft.tuners.lora.bnb.Linear4bit` that runs on `fastlora.ops` where it can."""
 
 
-def check_layout(layer: nn.Linear4bit) -> None:
+def check_layout(state: functional.QuantState | None) -> None:
     """Check that bitsandbytes has not repacked the weight.
 
     Args:
-        layer: any 4-bit layer of bitsandbytes.
+        state: of any 4-bit layer of bitsandbytes; None, before it is quantised, passes.
 
     Raises:
         ValueError: it has.
     """
-    if getattr(state_of(layer), "packing_format_for_cpu", False):
+    if getattr(state, "packing_format_for_cpu", False):
         raise ValueError(
             "the 4-bit weight must have the bytes it was loaded with, got bytes that bitsandbytes "
             "repacked for its CPU kernel in an eval forward, which rounds the scales to bf16: load "
@@ -153,8 +153,8 @@ def check_adoptable(layer: nn.Linear4bit) -> None:
     Raises:
         ValueError: the weight is repacked, or NF4 with another table or statistics than usual.
     """
-    check_layout(layer)
     state, weight = state_of(layer), layer.weight
+    check_layout(state)
     if state is None or state.quant_type != "nf4":
         return
     if is_sharded(weight):  # its bytes were whole when they were sharded

@@ -1,6 +1,5 @@
 """PEFT's tuners that make fast layers, and know when merging would be wrong."""
 
-from itertools import islice
 from typing import Any
 
 from peft import LoraConfig, PeftConfig
@@ -44,14 +43,14 @@ class FastLoraModel(LoraModel):
         owners: dict[int, str] = {}
         for path, layer in self.model.named_modules():
             if isinstance(layer, FastLora):
-                for weight in islice(layer.get_base_layer().parameters(), 1):
-                    if id(weight) in owners:
-                        raise ValueError(
-                            "merging needs layers with weights of their own, without "
-                            f"layer_replication or tied weights, got {owners[id(weight)]} and "
-                            f"{path}, which share theirs"
-                        )
-                    owners[id(weight)] = path
+                # a base without parameters shares none
+                weight = id(next(layer.get_base_layer().parameters(), layer))
+                if weight in owners:
+                    raise ValueError(
+                        "merging needs layers with weights of their own, without layer_replication "
+                        f"or tied weights, got {owners[weight]} and {path}, which share theirs"
+                    )
+                owners[weight] = path
 
 
 class FastMixedModel(MixedModel):
